@@ -1,0 +1,13 @@
+"""Errors that a user can act on: one line that says what is wrong, where, and what would be right."""
+
+
+class FewbitsError(Exception):
+    """Base of every error that fewbits raises on purpose; its text is one line for the user."""
+
+
+class InputError(FewbitsError):
+    """The user's input is wrong: a path, a name, a value, a file. The command line ends with status 2."""
+
+
+class NumericsError(FewbitsError):
+    """A weight, activation, scale or factorization is not usable; the text names the layer."""

@@ -1,0 +1,169 @@
+"""What a method is: the roles, the paper it comes from, and the statistics that it asks for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self, TypeVar
+
+from torch import Tensor, nn
+
+from fewbits.core.errors import InputError
+from fewbits.core.tensor import CompressedTensor, Part
+
+
+@dataclass(frozen=True)
+class Paper:
+    title: str
+    arxiv: str | None = None
+    year: int | None = None
+
+
+class Accumulator(ABC):
+    """A statistic of the inputs of one linear layer, gathered batch by batch; constructed with the number of features."""
+
+    def __init__(self, features: int) -> None:
+        self.features = features
+
+    @abstractmethod
+    def update(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """Add token vectors `inputs [tokens, features]`, each counted `weights [tokens]` times (default 1)."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Add everything that `other` has seen."""
+
+
+A = TypeVar("A", bound=Accumulator)
+
+
+class Statistics:
+    """The accumulators gathered for one linear input, looked up by class: `statistics[Hessian]`."""
+
+    def __init__(self, *accumulators: Accumulator, tokens: int = 0) -> None:
+        self._by_type = {type(accumulator): accumulator for accumulator in accumulators}
+        self.tokens = tokens
+
+    def __getitem__(self, kind: type[A]) -> A:
+        if kind not in self._by_type:
+            raise InputError(f"the statistic {kind.__name__} was not gathered; name it in the method's `needs`")
+        return self._by_type[kind]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[Accumulator]:
+        return iter(self._by_type.values())
+
+
+class Method:
+    """Base of the roles. A method is a frozen dataclass; its fields are its hyperparameters, its module's stem its name."""
+
+    paper: ClassVar[Paper]
+    baseline: ClassVar[str | None] = None  # the method that this one must beat at equal bits
+    needs: ClassVar[tuple[type[Accumulator], ...]] = ()
+
+    @classmethod
+    def name(cls) -> str:
+        return cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    def family(cls) -> str:
+        return cls.__module__.split(".")[-2]
+
+
+class LayerMethod(Method, ABC):
+    """Compresses one weight matrix at a time from statistics of its inputs; a pure function of tensors."""
+
+    @abstractmethod
+    def compress(self, weight: Tensor, statistics: Statistics) -> CompressedTensor:
+        """`weight [out, in]` (float32) to its compressed form; raises NumericsError where it cannot."""
+
+    def compress_group(self, weights: Mapping[str, Tensor], statistics: Statistics) -> dict[str, CompressedTensor]:
+        """All linears that read the same input, by name; override to share work or scales between them."""
+        return {name: self.compress(weight, statistics) for name, weight in weights.items()}
+
+    def activation(self, statistics: Statistics) -> Part | None:
+        """The quantizer of the layer's input (a part with `apply(inputs) -> inputs`), or None: weights only."""
+        return None
+
+
+class BlockMethod(Method, ABC):
+    """Compresses the linears of one block together, against the block's own outputs."""
+
+    @abstractmethod
+    def compress_block(
+        self, block: nn.Module, linears: Mapping[str, nn.Linear], inputs: Any, targets: Any
+    ) -> dict[str, CompressedTensor]:
+        """`inputs` and `targets`: sequences of batches [sequences, tokens, features]; returns every linear's compressed form."""
+
+
+class RewriteMethod(Method, ABC):
+    """Changes a model's weights and keeps its function; outputs equal before and after is a shared test."""
+
+    @abstractmethod
+    def rewrite(self, model: nn.Module) -> None: ...
+
+
+class TrainingMethod(Method, ABC):
+    """Trains a model whose weights will be compressed."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module) -> nn.Module: ...
+
+    @abstractmethod
+    def loss(self, outputs: Any, targets: Any, step: int) -> Tensor: ...
+
+    @abstractmethod
+    def finish(self, model: nn.Module) -> nn.Module: ...
+
+
+class CacheState(ABC):
+    """One layer's keys and values in few bits."""
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None: ...
+
+    @abstractmethod
+    def read(self) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def bits(self) -> dict[str, int]: ...
+
+
+class CacheMethod(Method, ABC):
+    """Opens compressed key-value caches."""
+
+    @abstractmethod
+    def open(self, shape: tuple[int, ...]) -> CacheState: ...
+
+
+class AllocationMethod(Method, ABC):
+    """Chooses an option for every layer within a budget."""
+
+    @abstractmethod
+    def allocate(self, problem: Any, budget: float) -> dict[str, Any]: ...
+
+
+class CodecMethod(Method, ABC):
+    """Writes signals as bytes."""
+
+    @abstractmethod
+    def fit(self, data: Any) -> None: ...
+
+    @abstractmethod
+    def encode(self, signal: Tensor) -> bytes: ...
+
+    @abstractmethod
+    def decode(self, data: bytes) -> Tensor: ...
+
+
+class RecoveryMethod(Method, ABC):
+    """Recovers signals from few measurements."""
+
+    @abstractmethod
+    def fit(self, data: Any) -> None: ...
+
+    @abstractmethod
+    def measure(self, signal: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def recover(self, measurements: Tensor) -> Tensor: ...
