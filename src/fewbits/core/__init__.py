@@ -1,0 +1,1 @@
+"""The contracts: tensors as sums of terms, methods and their roles, errors."""

@@ -90,9 +90,7 @@ class BlockMethod(Method, ABC):
     """Compresses the linears of one block together, against the block's own outputs."""
 
     @abstractmethod
-    def compress_block(
-        self, block: nn.Module, linears: Mapping[str, nn.Linear], inputs: Any, targets: Any
-    ) -> dict[str, CompressedTensor]:
+    def compress_block(self, block: nn.Module, linears: Mapping[str, nn.Linear], inputs: Any, targets: Any) -> dict[str, CompressedTensor]:
         """`inputs` and `targets`: sequences of batches [sequences, tokens, features]; returns every linear's compressed form."""
 
 

@@ -111,7 +111,10 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class Term(Part):
     """One summand of a compressed matrix of `shape` (rows = outputs, columns = inputs)."""
 
-    shape: tuple[int, int]
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
 
     @abstractmethod
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,0 +1,1 @@
+"""One term or transform a file: how numbers are stored."""

@@ -1,0 +1,49 @@
+"""Dense packing of small unsigned integers: a little-endian bit stream for each row, so that rows can be read alone."""
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import InputError
+
+
+def packed_width(columns: int, bits: int) -> int:
+    """Bytes that a row of `columns` codes takes: at most 7 bits of a row are padding."""
+    return (columns * bits + 7) // 8
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """`codes [rows, columns]`, integers in 0..2**bits-1, to uint8 `[rows, packed_width]`.
+
+    Bit k of a row's stream is bit k % 8 of byte k // 8. Raises InputError for a width outside 1..8 or a code out of range.
+    """
+    _check_width(bits)
+    if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
+        raise InputError(f"codes from {int(codes.min())} to {int(codes.max())} do not fit in {bits} bits (0 to {2**bits - 1})")
+    rows, columns = codes.shape
+    if bits == 8:
+        return codes.to(torch.uint8).contiguous()
+    shifts = torch.arange(bits, device=codes.device)
+    stream = ((codes.to(torch.int32)[:, :, None] >> shifts) & 1).reshape(rows, columns * bits)
+    width = packed_width(columns, bits)
+    stream = torch.nn.functional.pad(stream, (0, width * 8 - columns * bits)).reshape(rows, width, 8)
+    return (stream << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The inverse of `pack`: uint8 codes `[rows, columns]`."""
+    _check_width(bits)
+    rows, width = packed.shape
+    if width != packed_width(columns, bits):
+        raise InputError(f"rows of {width} bytes cannot hold {columns} codes of {bits} bits; {packed_width(columns, bits)} would")
+    if bits == 8:
+        return packed
+    # A code spans at most two neighbouring bytes: gather both as one 16-bit word and shift it out.
+    starts = torch.arange(columns, device=packed.device) * bits
+    words = torch.nn.functional.pad(packed, (0, 1)).to(torch.int16)
+    low, high = words[:, starts // 8], words[:, starts // 8 + 1]
+    return ((((high << 8) | low) >> (starts % 8).to(torch.int16)) & (2**bits - 1)).to(torch.uint8)
+
+
+def _check_width(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise InputError(f"bits={bits} is out of range; codes of 1 to 8 bits can be packed")

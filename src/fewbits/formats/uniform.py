@@ -1,0 +1,76 @@
+"""Evenly spaced levels: value = (code - zero_point) * scale, for each tensor, row or group of columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import InputError
+from fewbits.core.tensor import Term
+from fewbits.formats.packing import pack, unpack
+
+
+@dataclass(frozen=True, eq=False)
+class Uniform(Term, kind="uniform"):
+    """Packed codes `[rows, bytes]`, scales `[rows or 1, groups]`, and zero points of one of three kinds.
+
+    `zero_points` None is the symmetric grid, whose zero point is 2**(bits-1); uint8 are integer zero points packed at the
+    width of the codes; floating point are real zero points. Made by `from_codes`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    rows: int
+    columns: int
+    bits_per_code: int
+    group_size: int  # columns that share a scale; the last group may be shorter
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bits: int, group_size: int | None = None) -> Uniform:
+        """`codes [rows, columns]` in 0..2**bits-1; `scales` and `zero_points` `[rows or 1, groups]`; no group size: whole rows.
+
+        Raises InputError where shapes disagree, a scale is not finite, or a code does not fit.
+        """
+        rows, columns = codes.shape
+        size = columns if group_size is None else group_size
+        if size < 1:
+            raise InputError(f"group_size={size} is out of range; it must be at least 1, or None for whole rows")
+        groups = -(-columns // size)
+        if scales.shape[0] not in (1, rows) or scales.shape[1:] != (groups,):
+            raise InputError(
+                f"scales {list(scales.shape)} do not fit codes {[rows, columns]} in groups of {size}; [{rows}, {groups}] would"
+            )
+        if zero_points is not None and zero_points.shape != scales.shape:
+            raise InputError(f"zero points {list(zero_points.shape)} and scales {list(scales.shape)} must have one shape")
+        if not bool(torch.isfinite(scales).all()):
+            raise InputError(f"a scale is not finite in {scales.dtype}; a wider dtype, or finite weights, would be right")
+        if zero_points is not None and not zero_points.is_floating_point():
+            zero_points = pack(zero_points, bits)
+        return cls(pack(codes, bits), scales, zero_points, rows, columns, bits, size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    def unpacked_codes(self) -> Tensor:
+        """uint8 `[rows, columns]`."""
+        return unpack(self.codes, self.bits_per_code, self.columns)
+
+    def unpacked_zero_points(self) -> Tensor:
+        """float32, the shape of the scales (one value for the symmetric grid)."""
+        if self.zero_points is None:
+            return torch.full((1, 1), float(2 ** (self.bits_per_code - 1)), device=self.codes.device)
+        if self.zero_points.is_floating_point():
+            return self.zero_points.float()
+        return unpack(self.zero_points, self.bits_per_code, self.scales.shape[1]).float()
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        scales, zeros = (self._spread(values) for values in (self.scales.float(), self.unpacked_zero_points()))
+        return ((self.unpacked_codes().float() - zeros) * scales).to(dtype)
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """One value a group to one value a column; a single group broadcasts as it is."""
+        return values if values.shape[1] == 1 else values.repeat_interleave(self.group_size, dim=1)[:, : self.columns]

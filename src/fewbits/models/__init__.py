@@ -1,0 +1,1 @@
+"""Real models, found by structure."""
