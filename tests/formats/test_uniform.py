@@ -83,5 +83,5 @@ def test_a_missing_or_altered_tensor_is_named():
     term = random_term(4, 2, 8, None, "symmetric")[0]
     with pytest.raises(InputError, match="'scales' is missing"):
         from_stored(term.settings(), {"codes": term.codes})
-    with pytest.raises(InputError, match="'scales' is torch.float32"):
+    with pytest.raises(InputError, match=r"'scales' is torch\.float32"):
         from_stored(term.settings(), {"codes": term.codes, "scales": term.scales.float()})

@@ -32,7 +32,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The inverse of `pack`: uint8 codes `[rows, columns]`."""
     _check_width(bits)
-    rows, width = packed.shape
+    width = packed.shape[1]
     if width != packed_width(columns, bits):
         raise InputError(f"rows of {width} bytes cannot hold {columns} codes of {bits} bits; {packed_width(columns, bits)} would")
     if bits == 8:
