@@ -1,0 +1,58 @@
+"""Where the levels of a uniform grid lie: scales and zero points fitted to rows or groups of weights."""
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import InputError
+
+_SHRINK_STEPS = 80  # GPTQ's clip search: factors 1 - i/100, i = 0..79
+
+
+def fit_uniform(weight: Tensor, bits: int, *, symmetric: bool = False, search: str = "minmax", power: float = 2.4) -> tuple[Tensor, Tensor]:
+    """Scale and integer zero point, each `[rows, 1]`, for `weight [rows, columns]`.
+
+    The range always includes zero; a row of zeros gets [-1, 1]. `search="minmax"` spans the extremes; `search="shrink"` keeps
+    the shrink factor of the range with the least sum of |rounded - weight|**power for each row (GPTQ's official quantizer).
+    Raises InputError for an unknown search.
+    """
+    if search not in ("minmax", "shrink"):
+        raise InputError(f"search={search!r} is not known; 'minmax' or 'shrink' would be right")
+    low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = torch.where(low < 0, -high, low)
+    flat = (low == 0) & (high == 0)
+    low, high = torch.where(flat, -1.0, low), torch.where(flat, 1.0, high)
+    best = _grid(low, high, bits, symmetric)
+    if search == "shrink":
+        least = _distance(weight, *best, bits, power)
+        for step in range(1, _SHRINK_STEPS):
+            factor = 1 - step / 100
+            trial = _grid(factor * low, factor * high, bits, symmetric)
+            distance = _distance(weight, *trial, bits, power)
+            better = distance < least
+            best = (torch.where(better, trial[0], best[0]), torch.where(better, trial[1], best[1]))
+            least = torch.minimum(distance, least)
+    return best
+
+
+def fit_groups(weight: Tensor, bits: int, group_size: int, **options) -> tuple[Tensor, Tensor]:
+    """`fit_uniform` for every group of columns: scales and zero points `[rows, groups]`; the last group may be shorter."""
+    fitted = [fit_uniform(group, bits, **options) for group in weight.split(group_size, dim=1)]
+    return torch.cat([scale for scale, _ in fitted], dim=1), torch.cat([zero for _, zero in fitted], dim=1)
+
+
+def round_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """clamp(round(w / s) + z, 0, 2**bits - 1), as floats; everything broadcasts."""
+    return torch.clamp(torch.round(weight / scale) + zero_point, 0, 2**bits - 1)
+
+
+def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    scale = (high - low) / (2**bits - 1)
+    zero_point = torch.full_like(scale, 2 ** (bits - 1)) if symmetric else torch.round(-low / scale)
+    return scale, zero_point
+
+
+def _distance(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, power: float) -> Tensor:
+    rounded = (round_codes(weight, scale, zero_point, bits) - zero_point) * scale
+    return (rounded - weight).abs().pow(power).sum(1, keepdim=True)

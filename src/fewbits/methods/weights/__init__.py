@@ -1,0 +1,1 @@
+"""Methods that compress the weights of linear layers."""

@@ -1,0 +1,99 @@
+"""GPTQ: round columns in order, moving each column's error into those not yet rounded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import InputError
+from fewbits.core.method import LayerMethod, Paper, Statistics
+from fewbits.core.tensor import CompressedTensor
+from fewbits.formats.ranges import fit_groups, fit_uniform, round_codes
+from fewbits.formats.uniform import Uniform
+from fewbits.solvers.error_feedback import Factor, error_feedback, factorize
+from fewbits.statistics.hessian import Hessian
+
+
+@dataclass(frozen=True)
+class Gptq(LayerMethod):
+    """Walks over the input columns once; least squares keeps the layer's output near the original's.
+
+    Stored: one uniform term with fp16 scales and integer zero points (none if symmetric). With `group_size=None` grids are
+    fitted once, on the original weight; dynamic groups are fitted on the weight as updated so far, static groups on the
+    original. `activation_order` visits columns by falling diag(H) and uses static groups, so that nothing is permuted in
+    the file (the official code's act-order with dynamic groups would have to store a permutation). Departures: factors in
+    float64; scales are rounded to fp16 before codes are chosen. Raises InputError for values out of range.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = False
+    search: str = "minmax"
+    damping: float = 0.01
+    activation_order: bool = False
+    static_groups: bool = False
+    block_size: int = 128
+
+    paper: ClassVar[Paper] = Paper("GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", "2210.17323", 2022)
+    baseline: ClassVar[str | None] = "rtn"
+    needs: ClassVar = (Hessian,)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise InputError(f"bits={self.bits} is out of range; 1 to 8 would be right")
+        if self.group_size is not None and self.group_size < 1:
+            raise InputError(f"group_size={self.group_size} is out of range; 1 or more, or none for whole rows, would be right")
+        if not self.damping > 0:
+            raise InputError(f"damping={self.damping} is out of range; a small positive number such as 0.01 would be right")
+
+    def compress(self, weight: Tensor, statistics: Statistics) -> CompressedTensor:
+        return self.compress_group({"weight": weight}, statistics)["weight"]
+
+    def compress_group(self, weights: Mapping[str, Tensor], statistics: Statistics) -> dict[str, CompressedTensor]:
+        """One Hessian and one factorization serve every linear that reads the same input."""
+        hessian = statistics[Hessian].matrix
+        order = torch.arange(len(hessian))
+        if self.activation_order:
+            order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        factor = factorize(hessian[order][:, order], self.damping)
+        return {name: self._solve(weight, factor, order) for name, weight in weights.items()}
+
+    def _solve(self, weight: Tensor, factor: Factor, order: Tensor) -> CompressedTensor:
+        rows, columns = weight.shape
+        size = min(self.group_size or columns, columns)
+        weight = weight.clone()
+        weight[:, order[factor.dead]] = 0
+        grid = _Grid(self, weight, order, size)
+        error_feedback(weight[:, order], factor, grid, block_size=self.block_size, fresh_every=size)
+        codes = torch.empty(rows, columns, dtype=torch.uint8)
+        codes[:, order] = grid.codes.T
+        zero_points = None if self.symmetric else grid.zeros.T.to(torch.uint8)
+        term = Uniform.from_codes(codes, grid.scales.T.contiguous().half(), zero_points, bits=self.bits, group_size=size)
+        return CompressedTensor((term,))
+
+
+class _Grid:
+    """Fills the engine's hook with uniform rounding; remembers the codes, one row a visited column."""
+
+    def __init__(self, method: Gptq, weight: Tensor, order: Tensor, size: int) -> None:
+        rows, columns = weight.shape
+        self.method, self.size = method, size
+        self.groups = (order // size).tolist()
+        # With one group a row, or in another order than the groups', grids come from the original weight.
+        self.dynamic = size < columns and not (method.static_groups or method.activation_order)
+        scales, zeros = fit_groups(weight, method.bits, size, symmetric=method.symmetric, search=method.search)
+        self.scales, self.zeros = scales.T.half().to(weight.dtype).contiguous(), zeros.T.contiguous()
+        self.codes = torch.empty(columns, rows, dtype=torch.uint8)
+
+    def __call__(self, j: int, column: Tensor, current: Tensor) -> Tensor:
+        group = self.groups[j]
+        if self.dynamic and j % self.size == 0:
+            method, group_now = self.method, current[:, j : j + self.size]
+            scale, zero = fit_uniform(group_now, method.bits, symmetric=method.symmetric, search=method.search)
+            self.scales[group], self.zeros[group] = scale[:, 0].half().to(column.dtype), zero[:, 0]
+        scale, zero = self.scales[group], self.zeros[group]
+        code = round_codes(column, scale, zero, self.method.bits)
+        self.codes[j] = code.to(torch.uint8)
+        return (code - zero) * scale

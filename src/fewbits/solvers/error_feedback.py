@@ -1,0 +1,81 @@
+"""GPTQ's column engine: round columns one after another and move each column's error into those not yet rounded.
+
+Any grid can fill the hook: a `Quantizer` gets a column number, the column as it stands, and the whole current weight.
+Source: arXiv 2210.17323, algorithm 1; notation as there: W rows are outputs, E = W - Q, loss tr(E H E^T).
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import InputError, NumericsError
+
+Quantizer = Callable[[int, Tensor, Tensor], Tensor]
+_log = logging.getLogger(__name__)
+_RETRIES = 4
+
+
+@dataclass(frozen=True)
+class Factor:
+    """The upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U, in float64, and what was done to get it."""
+
+    upper: Tensor  # [columns, columns]
+    hessian: Tensor  # damped, dead columns set to 1
+    dead: Tensor  # bool [columns]: inputs that were never anything but zero
+    damping: float  # relative damping that was used; above the asked one after a failed attempt
+
+
+def factorize(hessian: Tensor, damping: float = 0.01) -> Factor:
+    """Factor `hessian [columns, columns]` once for all the matrices that read the same input.
+
+    Adds damping * mean(diagonal); a failed factorization is tried again with ten times the damping, which is logged.
+    Raises NumericsError where the matrix is not finite or no damping helped.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise NumericsError("the Hessian is not finite; the layer's inputs overflowed")
+    matrix = hessian.double()
+    dead = matrix.diagonal() == 0
+    matrix = matrix + torch.diag(dead.double())
+    mean = matrix.diagonal().mean()
+    for attempt in range(_RETRIES):
+        used = damping * 10**attempt
+        damped = matrix + torch.eye(len(matrix), dtype=torch.float64) * (used * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and bool(torch.isfinite(upper).all()):
+            return Factor(upper, damped, dead, used)
+        _log.warning("the Hessian could not be factored with damping %g; trying %g", used, used * 10)
+    raise NumericsError(f"the Hessian could not be factored, even with damping {used:g}; are the layer's inputs meaningful?")
+
+
+def error_feedback(
+    weight: Tensor, factor: Factor, quantize: Quantizer, *, block_size: int = 128, fresh_every: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantized matrix Q and the scaled errors, both `[rows, columns]`, for `weight [rows, columns]`.
+
+    The identity sum(errors**2) == tr((W - Q) H (W - Q)^T) holds with the damped H. `quantize(j, column, current)` returns
+    the column's rounded values; `current` is up to date from column j to the end of j's block, and everywhere where j is a
+    multiple of `fresh_every` (a grid that refits itself on groups of so many columns asks for it). The block size changes
+    the speed alone. Raises InputError for shapes that do not fit.
+    """
+    rows, columns = weight.shape
+    if len(factor.upper) != columns or block_size < 1:
+        raise InputError(f"a factor of {len(factor.upper)} columns and block_size={block_size} do not fit a weight of {columns} columns")
+    upper = factor.upper.to(weight.dtype)
+    # Columns are worked on one by one: the transpose makes each of them contiguous.
+    current, errors = weight.T.clone(), weight.new_empty(columns, rows)
+    fresh = fresh_every or columns
+    starts = [s for group in range(0, columns, fresh) for s in range(group, min(group + fresh, columns), block_size)]
+    for start, end in pairwise([*starts, columns]):
+        for j in range(start, end):
+            original = current[j].clone()
+            current[j] = quantize(j, original, current.T)
+            errors[j] = (original - current[j]) / upper[j, j]
+            current[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j], alpha=-1)
+        current[end:].addmm_(upper[start:end, end:].T, errors[start:end], alpha=-1)
+    return current.T.contiguous(), errors.T

@@ -1,0 +1,1 @@
+"""What is gathered about the inputs of a linear layer."""

@@ -1,0 +1,40 @@
+"""The Hessian of a linear layer's squared output error: H = (2 / tokens) sum of x x^T (GPTQ, arXiv 2210.17323, section 2)."""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import InputError, NumericsError
+from fewbits.core.method import Accumulator
+
+
+class Hessian(Accumulator):
+    """Sums x x^T over tokens; `matrix` is the weighted mean times two. Mergeable exactly up to the rounding of `dtype`."""
+
+    def __init__(self, features: int, *, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(features)
+        self.total = torch.zeros(features, features, dtype=dtype)
+        self.count = 0.0
+
+    def update(self, inputs: Tensor, weights: Tensor | None = None) -> None:
+        """`inputs [tokens, features]`, each counted `weights [tokens]` times. Raises NumericsError where one is not finite."""
+        if inputs.ndim != 2 or inputs.shape[1] != self.features:
+            raise InputError(
+                f"inputs {list(inputs.shape)} do not fit a Hessian of {self.features} features; [tokens, {self.features}] would"
+            )
+        if not bool(torch.isfinite(inputs).all()):
+            raise NumericsError("the inputs of a layer are not finite; the model, or the calibration text, is broken")
+        inputs = inputs.to(self.total.dtype)
+        weighted = inputs if weights is None else inputs * weights.to(inputs.dtype)[:, None]
+        self.total.addmm_(weighted.T, inputs)
+        self.count += len(inputs) if weights is None else float(weights.sum())
+
+    def merge(self, other: Self) -> None:
+        self.total += other.total
+        self.count += other.count
+
+    @property
+    def matrix(self) -> Tensor:
+        """`[features, features]`, positive semi-definite; zero before any token was seen."""
+        return self.total * (2.0 / max(self.count, 1.0))

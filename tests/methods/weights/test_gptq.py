@@ -1,0 +1,103 @@
+import dataclasses
+import logging
+
+import pytest
+import torch
+
+from fewbits.core.errors import InputError
+from fewbits.core.method import Statistics
+from fewbits.methods.weights.gptq import Gptq
+from fewbits.methods.weights.rtn import Rtn
+from fewbits.statistics.hessian import Hessian
+
+VARIANTS = [
+    {"group_size": None},
+    {"group_size": 32},
+    {"group_size": 24},
+    {"group_size": 32, "static_groups": True},
+    {"group_size": 32, "activation_order": True},
+    {"group_size": 32, "symmetric": True},
+]
+
+
+def layer(rows=64, columns=128, seed=0):
+    """Heavy-tailed weights and correlated inputs with a few strong channels, as in a language model; held-out inputs apart."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
+    mixing[:, :6] *= 8
+    inputs = torch.randn(2048, columns, generator=generator) @ mixing
+    weight = torch.randn(rows, columns, generator=generator) / torch.randn(rows, columns, generator=generator).abs().clamp(min=0.3)
+    hessian = Hessian(columns)
+    hessian.update(inputs[:1024])
+    return weight, Statistics(hessian, tokens=1024), inputs[1024:]
+
+
+def output_error(weight, tensor, inputs):
+    return float(((inputs @ (weight - tensor.decode()).T) ** 2).sum())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_output_error_falls_while_weight_error_rises(bits, variant):
+    weight, statistics, heldout = layer()
+    ours = Gptq(bits=bits, **variant).compress(weight, statistics)
+    plain = Rtn(bits=bits, group_size=variant["group_size"], symmetric=variant.get("symmetric", False)).compress(weight, statistics)
+    assert sum(ours.bits().values()) == sum(plain.bits().values())
+    assert output_error(weight, ours, heldout) < 0.75 * output_error(weight, plain, heldout)
+    assert ((weight - ours.decode()) ** 2).sum() > ((weight - plain.decode()) ** 2).sum()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("block_size", [1, 32, 128])
+def test_lazy_blocks_change_nothing(variant, block_size):
+    weight, statistics, _ = layer(rows=16)
+    method = Gptq(bits=3, block_size=10**6, **variant)
+    whole = method.compress(weight.double(), statistics).decode()
+    assert torch.equal(dataclasses.replace(method, block_size=block_size).compress(weight.double(), statistics).decode(), whole)
+
+
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_uncorrelated_inputs_give_round_to_nearest_bit_for_bit(group_size):
+    weight, statistics, _ = layer()
+    statistics[Hessian].total.copy_(torch.diag(statistics[Hessian].total.diagonal()))
+    ours = Gptq(bits=3, group_size=group_size).compress(weight, statistics)
+    assert torch.equal(ours.decode(), Rtn(bits=3, group_size=group_size).compress(weight, statistics).decode())
+
+
+def test_activation_order_with_equal_diagonals_changes_nothing():
+    weight, statistics, _ = layer()
+    total = statistics[Hessian].total
+    scale = total.diagonal().rsqrt()
+    total.copy_(total * scale[:, None] * scale[None, :]).fill_diagonal_(1.0)
+    plain = Gptq(bits=3, group_size=32, static_groups=True).compress(weight, statistics)
+    ordered = Gptq(bits=3, group_size=32, activation_order=True).compress(weight, statistics)
+    assert torch.equal(plain.decode(), ordered.decode())
+
+
+def test_the_hessian_of_unrelated_inputs_hurts():
+    weight, statistics, heldout = layer()
+    unrelated = Hessian(128)
+    unrelated.update(torch.randn(1024, 128, generator=torch.Generator().manual_seed(5)))
+    good, bad = (Gptq(bits=3).compress(weight, s) for s in (statistics, Statistics(unrelated)))
+    assert output_error(weight, good, heldout) < 0.8 * output_error(weight, bad, heldout)
+
+
+def test_fewer_tokens_than_columns_still_work():
+    weight, _, heldout = layer()
+    hessian = Hessian(128)
+    hessian.update(heldout[:20])
+    assert torch.isfinite(Gptq(bits=4).compress(weight, Statistics(hessian)).decode()).all()
+
+
+def test_dead_inputs_are_rounded_to_zero_and_stay_quiet(caplog):
+    weight, statistics, _ = layer()
+    statistics[Hessian].total[7], statistics[Hessian].total[:, 7] = 0, 0
+    with caplog.at_level(logging.WARNING):
+        assert bool((Gptq(bits=4).compress(weight, statistics).decode()[:, 7] == 0).all())
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("fields", [{"bits": 0}, {"bits": 9}, {"group_size": 0}, {"damping": 0.0}])
+def test_values_out_of_range_are_refused_with_what_would_be_right(fields):
+    with pytest.raises(InputError, match=f"{next(iter(fields))}=.*would be right"):
+        Gptq(**fields)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from fewbits.core.errors import InputError, NumericsError
+from fewbits.solvers.error_feedback import error_feedback, factorize
+
+
+def problem(rows=6, columns=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(200, columns, generator=generator).double() @ torch.randn(columns, columns, generator=generator).double()
+    return torch.randn(rows, columns, generator=generator).double(), inputs.T @ inputs / 100
+
+
+def to_grid(_, column, __):
+    return torch.round(column * 2) / 2
+
+
+@pytest.mark.parametrize("block_size", [1, 32, 128, 40])
+@pytest.mark.parametrize("fresh_every", [None, 16])
+def test_the_errors_add_up_to_the_output_error(block_size, fresh_every):
+    weight, hessian = problem()
+    factor = factorize(hessian)
+    rounded, errors = error_feedback(weight, factor, to_grid, block_size=block_size, fresh_every=fresh_every)
+    difference = weight - rounded
+    trace = torch.trace(difference @ factor.hessian @ difference.T)
+    assert abs(float((errors**2).sum() - trace)) / float(trace) < 1e-8
+
+
+@pytest.mark.parametrize("block_size", [1, 32, 128])
+def test_the_block_size_changes_nothing(block_size):
+    weight, hessian = problem(columns=150)
+    factor = factorize(hessian)
+    whole, _ = error_feedback(weight, factor, to_grid, block_size=150)
+    assert torch.equal(error_feedback(weight, factor, to_grid, block_size=block_size)[0], whole)
+
+
+def test_it_is_optimal_brain_quantization_in_a_fixed_order():
+    """The oracle removes one row and column after another from H^-1 by rank-1 downdates (OBQ, arXiv 2208.11580)."""
+    weight, hessian = problem(rows=4, columns=32)
+    factor = factorize(hessian)
+    expected, inverse = weight.clone(), torch.linalg.inv(factor.hessian)
+    for j in range(32):
+        error = (expected[:, j] - to_grid(j, expected[:, j], None)) / inverse[j, j]
+        expected[:, j:] -= torch.outer(error, inverse[j, j:])
+        inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    torch.testing.assert_close(error_feedback(weight, factor, to_grid)[0], expected, rtol=0, atol=1e-9)
+
+
+def test_uncorrelated_inputs_leave_plain_rounding():
+    weight, hessian = problem()
+    rounded, _ = error_feedback(weight, factorize(torch.diag(hessian.diagonal())), to_grid)
+    assert torch.equal(rounded, to_grid(0, weight, None))
+
+
+def test_damping_rises_where_the_matrix_is_not_positive(caplog):
+    matrix = torch.eye(8).double()
+    matrix[0, 1] = matrix[1, 0] = 1.05
+    assert factorize(matrix).damping == pytest.approx(0.1)
+    assert "trying 0.1" in caplog.text
+
+
+def test_what_cannot_be_factored_ends_in_one_clear_line():
+    with pytest.raises(NumericsError, match="not finite"):
+        factorize(torch.full((4, 4), float("nan")))
+    with pytest.raises(NumericsError, match="even with damping"):
+        factorize(torch.eye(4) - 30 * torch.ones(4, 4) + 30 * torch.eye(4))
+
+
+def test_dead_columns_are_named_and_do_not_disturb():
+    weight, hessian = problem()
+    hessian[3], hessian[:, 3] = 0, 0
+    factor = factorize(hessian)
+    assert factor.dead.nonzero().flatten().tolist() == [3]
+    assert torch.isfinite(error_feedback(weight, factor, to_grid)[0]).all()
+
+
+def test_a_factor_of_another_size_is_refused():
+    weight, hessian = problem()
+    with pytest.raises(InputError, match="do not fit a weight of 12 columns"):
+        error_feedback(weight[:, :12], factorize(hessian), to_grid)
