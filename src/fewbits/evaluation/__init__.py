@@ -1,0 +1,1 @@
+"""What was lost: measurements of a model, alone or against a reference."""

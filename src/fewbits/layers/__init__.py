@@ -1,0 +1,1 @@
+"""Modules that hold compressed tensors and compute with them."""

@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from fewbits.core.errors import InputError
+from fewbits.core.tensor import CompressedTensor, from_stored
+from fewbits.formats.diagonal import DiagonalScale
+from fewbits.formats.permutation import Permutation
+from fewbits.formats.uniform import Uniform
+
+TRANSFORMS = [DiagonalScale(torch.tensor([0.5, -2.0, 4.0, 0.25])), Permutation(torch.tensor([2, 0, 3, 1], dtype=torch.int32))]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: t.kind)
+def test_inverse_and_transpose_are_those_of_its_matrix(transform):
+    matrix = transform.apply(torch.eye(4)).T  # apply maps rows, so its columns are T e_i
+    assert torch.equal(transform.transpose().apply(torch.eye(4)).T, matrix.T)
+    torch.testing.assert_close(transform.inverse().apply(torch.eye(4)).T, torch.linalg.inv(matrix))
+    again = from_stored(transform.settings(), transform.tensors())
+    assert torch.equal(again.apply(torch.eye(4)), transform.apply(torch.eye(4)))
+
+
+def test_transforms_around_terms_compose_in_their_order():
+    term = Uniform.from_codes(torch.randint(16, (4, 4)), torch.rand(4, 1), None, bits=4)
+    tensor = CompressedTensor((term,), tuple(TRANSFORMS), tuple(reversed(TRANSFORMS)))
+    inputs = torch.randn(5, 4)
+    torch.testing.assert_close(tensor.matmul(inputs), inputs @ tensor.decode().T)
+    assert sum(tensor.bits().values()) == sum(term.bits().values()) + 2 * (4 * 32 + 4 * 32)
+
+
+def test_what_is_not_invertible_is_refused():
+    with pytest.raises(InputError, match="other than zero"):
+        DiagonalScale(torch.tensor([1.0, 0.0]))
+    with pytest.raises(InputError, match="each of 0 to 2 once"):
+        Permutation(torch.tensor([0, 0, 1]))
