@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from fewbits.core.errors import InputError
+from fewbits.data.standard_library import CALIBRATION_MODULES, HELDOUT_MODULES
+from fewbits.data.text import load_text, token_windows
+
+
+class Letters:
+    """One token a character; 0 ends a document."""
+
+    eos_token_id = 0
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def test_windows_follow_each_other_and_documents_are_marked():
+    windows = token_windows(Letters(), ["abc", "de"], length=3, count=9)
+    assert windows.tolist() == [[0, 97, 98], [99, 0, 100]]
+
+
+def test_a_seed_draws_distinct_windows_again_and_again():
+    text = ["".join(chr(65 + i % 50) for i in range(400))]
+    first, again, other = (token_windows(Letters(), text, 7, 20, seed=seed) for seed in (1, 1, 2))
+    assert first.tolist() == again.tolist() != other.tolist()
+    assert len({tuple(row) for row in first.tolist()}) == 20
+
+
+def test_files_are_read_and_bad_ones_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one"}) + "\n\n" + json.dumps({"text": "two"}))
+    assert load_text(str(tmp_path / "a.jsonl")) == ["one", "two"]
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"words": 1}')
+    (tmp_path / "c.txt").write_text(" \n")
+    (tmp_path / "d.txt").write_bytes(b"ab\xff")
+    for name, says in [("b.jsonl", "line 2"), ("c.txt", "holds no text"), ("d.txt", "byte 2"), ("e.txt", "is not a file")]:
+        with pytest.raises(InputError, match=says):
+            load_text(str(tmp_path / name))
+    with pytest.raises(InputError, match="builtin:heldout"):
+        load_text("builtin:held")
+
+
+def test_too_short_a_text_says_how_long_it_is():
+    with pytest.raises(InputError, match="4 tokens, and one window takes 5"):
+        token_windows(Letters(), ["abc"], length=5, count=1)
+
+
+def test_what_is_held_out_is_not_calibrated_on():
+    assert not set(HELDOUT_MODULES) & set(CALIBRATION_MODULES)
+    heldout, calibration = load_text("builtin:heldout"), load_text("builtin:calibration")
+    assert all(len(text) > 5000 for text in heldout) and not set(heldout) & set(calibration)
