@@ -1,0 +1,136 @@
+"""A model as it lies on disk: configuration, tokenizer, and weights that are read only when asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from fewbits.core.errors import InputError
+
+_BUILTIN = Path(__file__).parent / "builtin"
+
+
+def open_model(name: str | Path) -> ModelSource:
+    """The model in a local folder, or `builtin:NAME`. Raises InputError where there is none or its files cannot be read."""
+    text = str(name)
+    if text.startswith("builtin:"):
+        known = sorted(folder.name for folder in _BUILTIN.iterdir() if (folder / "config.json").is_file())
+        if text.removeprefix("builtin:") not in known:
+            raise InputError(f"{text!r} is no built-in model; {' or '.join(f'builtin:{one}' for one in known)} would be right")
+        return ModelSource(text, _BUILTIN / text.removeprefix("builtin:"))
+    return ModelSource(text, Path(name))
+
+
+class ModelSource:
+    """Lazy access to a Hugging Face folder of safetensors. The model itself exists as a shell on the meta device."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.path = name, path
+        if not path.is_dir():
+            raise InputError(f"{name!r} is no folder; a folder with config.json and safetensors, or builtin:NAME, would be right")
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path} holds no config.json, so it is not a model folder")
+        self._files = self._index()
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        try:
+            return AutoConfig.from_pretrained(self.path)
+        except (ValueError, OSError, KeyError) as error:
+            raise InputError(
+                f"{self.path / 'config.json'} is not a configuration that transformers knows: {str(error).splitlines()[0]}"
+            ) from error
+
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.path)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and the weight files."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in sorted(set(self._files.values())):
+            with open(file, "rb") as stream:
+                digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    def shell(self) -> PreTrainedModel:
+        """The model without weights, in eval mode."""
+        with torch.device("meta"):
+            return self._class().from_config(self.config).eval()
+
+    def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The whole model in memory, in eval mode."""
+        return self._class().from_pretrained(self.path, dtype=dtype).eval()
+
+    def tensor_names(self) -> tuple[str, ...]:
+        return tuple(self._files)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, read from its file. Raises InputError where it is missing or the file is damaged."""
+        if name not in self._files:
+            raise InputError(f"{self.path} holds no tensor {name!r}")
+        with _opened(self._files[name]) as file:
+            return file.get_tensor(name)
+
+    def load_module(self, shell: nn.Module, module_name: str, dtype: torch.dtype = torch.float32) -> None:
+        """Give the parameters and buffers of one submodule of `shell` ("" for all) their values, in `dtype`.
+
+        Parameters come from the files; buffers that no file holds are made by the module's own initialization. Raises
+        InputError where a parameter is in no file under the shell's name for it.
+        """
+        module = shell.get_submodule(module_name)
+        for name, parameter in module.named_parameters():
+            if parameter.is_meta:
+                owner, _, last = name.rpartition(".")
+                value = self._stored(f"{module_name}.{name}".lstrip("."), shell).to(dtype)
+                setattr(module.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
+        self._load_buffers(shell, module)
+
+    def _stored(self, name: str, shell: nn.Module) -> Tensor:
+        prefix = getattr(shell, "base_model_prefix", "")
+        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+        found = next((candidate for candidate in candidates if candidate in self._files), None)
+        if found is None:
+            raise InputError(f"{self.path} holds no tensor for {name!r}; the files use another layout than the model does")
+        return self.tensor(found)
+
+    def _load_buffers(self, shell: nn.Module, module: nn.Module) -> None:
+        for owner in module.modules():
+            missing = [name for name, buffer in owner.named_buffers(recurse=False) if buffer.is_meta]
+            if not missing:
+                continue
+            owner.to_empty(device="cpu", recurse=False)
+            shell._init_weights(owner)  # type: ignore[operator]  # transformers computes rotary tables and the like here
+
+    def _class(self) -> Any:
+        return AutoModelForCausalLM if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING and not _is_encoder(self.config) else AutoModel
+
+    def _index(self) -> dict[str, Path]:
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            return {name: self.path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        single = self.path / "model.safetensors"
+        if not single.is_file():
+            raise InputError(f"{self.path} holds no model.safetensors; save the model with safe_serialization")
+        with _opened(single) as file:
+            return dict.fromkeys(file.keys(), single)
+
+
+def _is_encoder(config: PretrainedConfig) -> bool:
+    """Whether the folder's own architecture is a bare or masked encoder, though a causal variant of it exists."""
+    return not any("CausalLM" in name or "LMHeadModel" in name for name in config.architectures or ["CausalLM"])
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read as safetensors ({error}); it may be cut short: copy it again") from error

@@ -1,0 +1,42 @@
+"""Which method compresses which layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from fewbits.core.method import Method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One method for all linears, glob patterns of layers kept dense, and patterns given another method (first match wins)."""
+
+    method: Method
+    keep: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, Method], ...] = ()
+
+    def keeps(self, layer_name: str) -> str | None:
+        """The pattern that keeps the layer dense, or None."""
+        return next((pattern for pattern in self.keep if fnmatchcase(layer_name, pattern)), None)
+
+    def method_for(self, layer_name: str) -> Method | None:
+        """The method of a layer, None where it is kept dense."""
+        if self.keeps(layer_name) is not None:
+            return None
+        return next((method for pattern, method in self.overrides if fnmatchcase(layer_name, pattern)), self.method)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able and complete: two plans with equal descriptions compress alike."""
+        overrides = [[pattern, _described(method)] for pattern, method in self.overrides]
+        return {"method": _described(self.method), "keep": list(self.keep), "overrides": overrides}
+
+
+def _described(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        return {"type": kind} | {field.name: _described(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_described(item) for item in value]
+    return value if value is None or isinstance(value, (str, int, float, bool)) else repr(value)

@@ -1,0 +1,155 @@
+"""What a run has finished, on disk: one safetensors file and one manifest per block, and the next block's inputs."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fewbits.core.errors import InputError
+from fewbits.core.tensor import from_stored
+from fewbits.layers.linear import StoredLinear
+
+
+class Store:
+    """The work folder of one run. Every file appears whole or not at all; a block's manifest is written last.
+
+    Raises InputError where the folder holds a run with other settings, or the disk is full.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.settings = json.loads(json.dumps(settings, sort_keys=True))
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "run.json"
+        if path.exists():
+            self._compare(_read_json(path))
+        else:
+            _write(path, lambda part: part.write_text(_as_json(self.settings)))
+        for leftover in folder.glob("*.part"):
+            leftover.unlink()
+
+    def _compare(self, before: Mapping[str, Any]) -> None:
+        differing = sorted(_differences(before, self.settings))
+        if differing:
+            raise InputError(
+                f"{self.folder} holds a stopped run with other settings ({'; '.join(differing)}); "
+                "repeat it with the same settings to go on, or start again with --fresh"
+            )
+
+    def key(self, block: int) -> str:
+        """Hash of everything that decides the content of a block's artefact."""
+        return hashlib.sha256(_as_json({"settings": self.settings, "block": block}).encode()).hexdigest()
+
+    def finished(self) -> int:
+        """How many leading blocks are done."""
+        count = 0
+        while self._manifest_path(count).exists() and self.manifest(count)["key"] == self.key(count):
+            count += 1
+        return count
+
+    def manifest(self, block: int) -> dict[str, Any]:
+        return _read_json(self._manifest_path(block))
+
+    def write_block(
+        self, block: int, layers: Mapping[str, StoredLinear], replaced: Mapping[str, Tensor], entries: Mapping[str, Any]
+    ) -> None:
+        """Write a block's tensors, then the manifest that makes it count; `entries` join the manifest."""
+        tensors = {f"replaced/{name}": tensor.detach().contiguous().cpu() for name, tensor in replaced.items()}
+        for layer, stored in layers.items():
+            tensors |= {f"{layer}/{name}": tensor.contiguous().cpu() for name, tensor in stored.tensors().items()}
+        # safetensors refuses tensors that share memory, as layers with common scales do.
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        _write(self._tensor_path(block), lambda part: save_file(tensors, part))
+        described = {name: stored.settings() for name, stored in layers.items()}
+        manifest = {"key": self.key(block), "settings": described, "replaced": sorted(replaced), **entries}
+        _write(self._manifest_path(block), lambda part: part.write_text(_as_json(manifest)))
+
+    def layers(self, block: int) -> Iterator[tuple[str, StoredLinear]]:
+        """The compressed linears of a block, read one at a time."""
+        described = self.manifest(block)["settings"]
+        with safe_open(self._tensor_path(block), "pt") as file:
+            names = list(file.keys())
+            for layer, settings in described.items():
+                tensors = {n[len(layer) + 1 :]: file.get_tensor(n) for n in names if n.startswith(layer + "/")}
+                yield layer, from_stored(settings, tensors)  # type: ignore[misc]
+
+    def replaced(self, block: int) -> dict[str, Tensor]:
+        """Dense tensors (norms that took up a scale) that take the place of the original ones."""
+        with safe_open(self._tensor_path(block), "pt") as file:
+            return {name: file.get_tensor(f"replaced/{name}") for name in self.manifest(block)["replaced"]}
+
+    def write_activations(self, block: int, batches: Iterable[Tensor]) -> None:
+        """Keep the inputs of `block`, batch after batch."""
+
+        def write(part: Path) -> None:
+            with open(part, "wb") as file:
+                for batch in batches:
+                    file.write(batch.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+
+        _write(self._activation_path(block), write)
+
+    def activations(self, block: int, shape: tuple[int, ...], dtype: torch.dtype, mapped: bool) -> Tensor | None:
+        """The kept inputs of `block`, None where they are missing; `mapped` leaves them in the file."""
+        path, count = self._activation_path(block), int(torch.Size(shape).numel())
+        if not path.exists() or path.stat().st_size != count * dtype.itemsize:
+            return None
+        hidden = torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
+        return hidden if mapped else hidden.clone()
+
+    def drop_activations(self, keep: int) -> None:
+        """Remove the inputs of all blocks but `keep`."""
+        for path in self.folder.glob("activations-*.bin"):
+            if path != self._activation_path(keep):
+                path.unlink()
+
+    def _manifest_path(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.json"
+
+    def _tensor_path(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.safetensors"
+
+    def _activation_path(self, block: int) -> Path:
+        return self.folder / f"activations-{block:05d}.bin"
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except Exception as error:
+        part.unlink(missing_ok=True)
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise InputError(f"the disk is full while writing {path}; free some space and run again to go on") from error
+        raise
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, indent=1)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({error}); start again with --fresh") from error
+
+
+def _differences(before: Any, now: Any, where: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            yield from _differences(before.get(name), now.get(name), f"{where}.{name}".lstrip("."))
+    elif before != now:
+        yield f"{where} was {before!r}, now {now!r}"

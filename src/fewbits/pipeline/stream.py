@@ -1,0 +1,284 @@
+"""Compress a model one block at a time: weights are read when a block's turn comes and written as soon as it is done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.core.errors import InputError, NumericsError
+from fewbits.core.method import Accumulator, BlockMethod, LayerMethod, Method, Statistics
+from fewbits.core.tensor import CompressedTensor
+from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.models.adapter import Adapter
+from fewbits.models.source import ModelSource
+from fewbits.pipeline.capture import BlockCall, Capture
+from fewbits.pipeline.plan import Plan
+from fewbits.pipeline.store import Store
+
+Progress = Callable[[int, int, str, float, float], None]  # block, blocks, layer, its relative error, seconds left
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How a run goes; only `inputs` and `dtype` change its result."""
+
+    inputs: Literal["propagated", "original"] = "propagated"  # what a block's statistics see: compressed or dense predecessors
+    dtype: torch.dtype = torch.float32
+    batch_size: int = 8
+    activations_on_disk: bool = False
+    progress: Progress | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.inputs not in ("propagated", "original"):
+            raise InputError(f"inputs={self.inputs!r} is not known; 'propagated' or 'original' would be right")
+
+
+@dataclass(frozen=True)
+class StreamSummary:
+    """What a finished run left in its store."""
+
+    store: Store
+    blocks: int
+    kept: Mapping[str, str]  # full name of every matrix that stays dense, with the reason
+
+    def layers(self) -> Iterator[tuple[str, StoredLinear]]:
+        """Every compressed linear by its full name, read one at a time."""
+        for block in range(self.blocks):
+            yield from self.store.layers(block)
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able: bits with their breakdown, each layer's error, and what was kept dense."""
+        layers: dict[str, Any] = {}
+        for block in range(self.blocks):
+            layers |= self.store.manifest(block)["layers"]
+        breakdown: dict[str, int] = {}
+        for layer in layers.values():
+            for name, bits in layer["bits"].items():
+                role = name.rpartition(".")[2]
+                breakdown[role] = breakdown.get(role, 0) + bits
+        weights = sum(layer["weights"] for layer in layers.values())
+        return {
+            "bits_per_weight": sum(breakdown.values()) / weights,
+            "bits": breakdown,
+            "compressed_weights": weights,
+            "layers": layers,
+            "kept": dict(self.kept),
+        }
+
+
+def compress_model(source: ModelSource, plan: Plan, windows: Tensor, work: Path, options: StreamOptions | None = None) -> StreamSummary:
+    """Compress every linear of every block as `plan` says, on the token `windows [count, length]`.
+
+    `work` holds what is finished; a run that was killed goes on from it and ends in the same bytes. Raises InputError where
+    the folder belongs to other settings or most linear weights would stay dense, NumericsError with the layer's name where
+    weights, activations or results are not finite.
+    """
+    run = _Run(source, plan, windows, work, options or StreamOptions())
+    with torch.no_grad():
+        run.compress_blocks()
+    return StreamSummary(run.store, len(run.adapter.blocks), run.kept)
+
+
+class _Run:
+    def __init__(self, source: ModelSource, plan: Plan, windows: Tensor, work: Path, options: StreamOptions) -> None:
+        self.source, self.plan, self.options = source, plan, options
+        self.shell = source.shell()
+        self.adapter = Adapter(self.shell)
+        self.batches = windows.split(options.batch_size)
+        self.shape = (*windows.shape, source.config.get_text_config().hidden_size)
+        self.kept = dict(self.adapter.kept) | self._kept_by_plan()
+        self.store = Store(work, self._settings(windows))
+
+    def _settings(self, windows: Tensor) -> dict[str, Any]:
+        """Everything that decides the result."""
+        return {
+            "model": self.source.fingerprint(),
+            "plan": self.plan.describe(),
+            "windows": [list(windows.shape), torch.hash_tensor(windows).item()],
+            "inputs": self.options.inputs,
+            "dtype": str(self.options.dtype),
+            "batch_size": self.options.batch_size,
+            "threads": torch.get_num_threads(),
+        }
+
+    def _kept_by_plan(self) -> dict[str, str]:
+        linears = {name: module for block in self.adapter.blocks for name, module in self.adapter.linears(block).items()}
+        kept = {name: f"kept by the pattern {pattern!r}" for name in linears if (pattern := self.plan.keeps(name)) is not None}
+        total = sum(linear.weight.numel() for linear in linears.values())
+        left = sum(linears[name].weight.numel() for name in kept)
+        if 2 * left > total:
+            raise InputError(f"the patterns {list(self.plan.keep)} keep {left} of {total} linear weights dense; keep less than half")
+        return kept
+
+    def compress_blocks(self) -> None:
+        blocks, done = self.adapter.blocks, self.store.finished()
+        if done == len(blocks):
+            return
+        hidden, calls = self._first_inputs()
+        if done:
+            kept = self.store.activations(done, self.shape, self.options.dtype, self.options.activations_on_disk)
+            if kept is None:
+                raise InputError(f"{self.store.folder} has lost the inputs of block {done}; start again with --fresh")
+            hidden = kept
+        began = time.monotonic()
+        for index in range(done, len(blocks)):
+            hidden = self._compress_block(index, hidden, calls[blocks[index]], began, done)
+
+    def _first_inputs(self) -> tuple[Tensor, dict[str, list[BlockCall]]]:
+        capture = Capture(self.shell, self.source, self.adapter.blocks, self.options.dtype)
+        states, calls = [], {name: [] for name in self.adapter.blocks}  # type: ignore[var-annotated]
+        for batch in self.batches:
+            hidden, called = capture.run(batch, None)
+            states.append(hidden)
+            for name, call in called.items():
+                calls[name].append(call)
+        capture.close()
+        return torch.cat(states), calls
+
+    def _compress_block(self, index: int, hidden: Tensor, calls: list[BlockCall], began: float, done: int) -> Tensor:
+        name = self.adapter.blocks[index]
+        self.source.load_module(self.shell, name, self.options.dtype)
+        block = self.shell.get_submodule(name)
+        linears = {n: linear for n, linear in self.adapter.linears(name).items() if self.plan.keeps(n) is None}
+        for layer, linear in linears.items():
+            if not bool(torch.isfinite(linear.weight).all()):
+                raise NumericsError(f"{layer}: the weight is not finite; the model file is broken")
+        outputs, stored, entries = self._solve(block, linears, hidden, calls)
+        if self.options.inputs == "propagated":
+            for layer, part in stored.items():
+                self.shell.set_submodule(layer, CompressedLinear(part, linears[layer].bias))
+            outputs = self._forward(block, hidden, calls)
+        if not bool(torch.isfinite(outputs).all()):
+            raise NumericsError(f"{name}: the block's outputs are not finite after compression")
+        # The next inputs first: the block counts as done only when the run can go on from it.
+        self.store.write_activations(index + 1, [outputs])
+        self.store.write_block(index, stored, {}, {"layers": entries})
+        self.store.drop_activations(keep=index + 1)
+        block.to("meta")
+        self._report(index, entries, began, done)
+        return outputs
+
+    def _report(self, index: int, entries: Mapping[str, Any], began: float, done: int) -> None:
+        if self.options.progress is not None:
+            left = (time.monotonic() - began) / (index - done + 1) * (len(self.adapter.blocks) - index - 1)
+            for layer, entry in entries.items():
+                self.options.progress(index, len(self.adapter.blocks), layer, entry["relative_error"], left)
+
+    def _forward(self, block: nn.Module, hidden: Tensor, calls: list[BlockCall]) -> Tensor:
+        batches = hidden.split(self.options.batch_size)
+        return torch.cat([call.run(block, batch) for call, batch in zip(calls, batches, strict=True)])
+
+    def _solve(
+        self, block: nn.Module, linears: Mapping[str, nn.Linear], hidden: Tensor, calls: list[BlockCall]
+    ) -> tuple[Tensor, dict[str, StoredLinear], dict[str, Any]]:
+        """The block's dense outputs, its linears compressed, and what the manifest says of each."""
+        first = hidden.split(self.options.batch_size)[0]
+        groups = shared_inputs(linears, lambda: calls[0].run(block, first))
+        gathered = {group: self._statistics(linears, group) for group in groups}
+        hooks = [linears[group[0]].register_forward_pre_hook(_gather(statistics)) for group, statistics in gathered.items()]
+        try:
+            outputs = self._forward(block, hidden, calls)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        stored: dict[str, StoredLinear] = {}
+        entries: dict[str, Any] = {}
+        for group, statistics in gathered.items():
+            for method, names in self._by_method(group).items():
+                weights = {name: linears[name].weight.float() for name in names}
+                for name, tensor in _compress(method, weights, statistics).items():
+                    stored[name] = StoredLinear(tensor, method.activation(statistics))
+                    entries[name] = _entry(name, weights[name], stored[name], statistics)
+        return outputs, {name: stored[name] for name in linears}, {name: entries[name] for name in linears}
+
+    def _by_method(self, group: tuple[str, ...]) -> dict[LayerMethod, list[str]]:
+        chosen: dict[LayerMethod, list[str]] = {}
+        for name in group:
+            chosen.setdefault(_layer_method(self.plan.method_for(name), name), []).append(name)
+        return chosen
+
+    def _statistics(self, linears: Mapping[str, nn.Linear], group: tuple[str, ...]) -> Statistics:
+        needs = {need for name in group for need in _layer_method(self.plan.method_for(name), name).needs}
+        features = linears[group[0]].in_features
+        return Statistics(*(need(features) for need in sorted(needs, key=lambda need: need.__name__)))
+
+
+def shared_inputs(linears: Mapping[str, nn.Linear], forward: Callable[[], Any]) -> list[tuple[str, ...]]:
+    """Names of `linears` grouped by the very tensor that they read during `forward`, in the order of the calls.
+
+    Raises InputError for a linear that is not called.
+    """
+    held: dict[str, Tensor] = {}  # holds the inputs, so that no later tensor can take the place of an earlier one in memory
+    hooks = [linear.register_forward_pre_hook(_hold(held, name)) for name, linear in linears.items()]
+    try:
+        forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups: dict[Any, list[str]] = {}
+    for name, tensor in held.items():
+        groups.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), []).append(name)
+    if silent := [name for name in linears if name not in held]:
+        raise InputError(f"{silent[0]}: the block never called this layer on the calibration text, so nothing is known of its inputs")
+    return [tuple(names) for names in groups.values()]
+
+
+def _hold(held: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        held[name] = inputs[0]
+
+    return hook
+
+
+def _gather(statistics: Statistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        tokens = inputs[0].flatten(0, -2)
+        statistics.tokens += len(tokens)
+        for accumulator in statistics:
+            accumulator.update(tokens)
+
+    return hook
+
+
+def _layer_method(method: Method | None, name: str) -> LayerMethod:
+    if isinstance(method, BlockMethod) or not isinstance(method, LayerMethod):
+        raise InputError(f"{name}: {type(method).__name__} does not compress single layers; a layer method such as gptq would be right")
+    return method
+
+
+def _compress(method: LayerMethod, weights: Mapping[str, Tensor], statistics: Statistics) -> dict[str, CompressedTensor]:
+    try:
+        return method.compress_group(weights, statistics)
+    except NumericsError as error:
+        raise NumericsError(f"{', '.join(weights)}: {error}") from error
+
+
+def _entry(name: str, weight: Tensor, stored: StoredLinear, statistics: Statistics) -> dict[str, Any]:
+    difference = weight - stored.weight.decode()
+    if not bool(torch.isfinite(difference).all()):
+        raise NumericsError(f"{name}: the compressed weight is not finite")
+    return {
+        "weights": weight.numel(),
+        "bits": stored.bits(),
+        "relative_error": _relative_error(weight, difference, statistics),
+        "tokens": statistics.tokens,
+    }
+
+
+def _relative_error(weight: Tensor, difference: Tensor, statistics: Statistics) -> float:
+    """Squared output error over squared output where a second moment was gathered, else the same of the weight."""
+    moment = next((matrix for matrix in map(_second_moment, statistics) if matrix is not None), None)
+    if moment is None:
+        return float(difference.square().sum() / weight.square().sum().clamp(min=1e-30))
+    return float(((difference @ moment) * difference).sum() / ((weight @ moment) * weight).sum().clamp(min=1e-30))
+
+
+def _second_moment(accumulator: Accumulator) -> Tensor | None:
+    matrix = getattr(accumulator, "matrix", None)
+    return matrix.float() if isinstance(matrix, Tensor) else None
