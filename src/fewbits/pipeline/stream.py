@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -100,7 +101,7 @@ class _Run:
         return {
             "model": self.source.fingerprint(),
             "plan": self.plan.describe(),
-            "windows": [list(windows.shape), torch.hash_tensor(windows).item()],
+            "windows": [list(windows.shape), hashlib.sha256(windows.numpy().tobytes()).hexdigest()],
             "inputs": self.options.inputs,
             "dtype": str(self.options.dtype),
             "batch_size": self.options.batch_size,

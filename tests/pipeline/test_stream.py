@@ -1,0 +1,176 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fewbits.core.errors import InputError, NumericsError
+from fewbits.core.method import Statistics
+from fewbits.layers.linear import CompressedLinear
+from fewbits.methods.weights.gptq import Gptq
+from fewbits.methods.weights.rtn import Rtn
+from fewbits.models.adapter import Adapter
+from fewbits.models.source import open_model
+from fewbits.pipeline.plan import Plan
+from fewbits.pipeline.stream import StreamOptions, compress_model, shared_inputs
+from fewbits.statistics.hessian import Hessian
+
+WINDOWS = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(0))
+PLAN = Plan(Gptq(bits=3, group_size=16))
+
+
+def small_llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    small_llama().save_pretrained(path)
+    return path
+
+
+def contents(work):
+    return {path.name: path.read_bytes() for path in sorted(work.iterdir()) if path.name.startswith("block-")}
+
+
+def test_the_result_is_the_method_applied_to_inputs_of_compressed_predecessors(folder, tmp_path):
+    """The oracle compresses the loaded model block by block with plain hooks."""
+    source = open_model(folder)
+    summary = compress_model(source, PLAN, WINDOWS, tmp_path, StreamOptions(batch_size=4))
+    model = source.load()
+    for block in Adapter(model).blocks:
+        linears = Adapter(model).linears(block)
+        hessians = {name: Hessian(linear.in_features) for name, linear in linears.items()}
+        hooks = [linears[n].register_forward_pre_hook(lambda _, x, n=n: hessians[n].update(x[0].flatten(0, 1))) for n in linears]  # noqa: B023
+        with torch.no_grad():
+            model(WINDOWS)
+        for hook in hooks:
+            hook.remove()
+        for name, linear in linears.items():
+            linear.weight.data = PLAN.method.compress(linear.weight.data, Statistics(hessians[name])).decode()
+    stored = dict(summary.layers())
+    model.requires_grad_(False)
+    agree = [float((stored[n].weight.decode() - m.weight).abs().mean() / m.weight.abs().mean()) for n, m in _linears(model).items()]
+    assert set(stored) == set(_linears(model)) and max(agree) < 1e-3
+
+
+def _linears(model):
+    adapter = Adapter(model)
+    return {name: linear for block in adapter.blocks for name, linear in adapter.linears(block).items()}
+
+
+def test_linears_that_read_one_tensor_are_one_group(folder):
+    model = open_model(folder).load()
+    adapter = Adapter(model)
+    groups = shared_inputs(adapter.linears(adapter.blocks[0]), lambda: model(WINDOWS))
+    assert [[name.rpartition(".")[2] for name in group] for group in groups] == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+
+
+def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(folder, tmp_path):
+    source, seen = open_model(folder), []
+    compress_model(source, PLAN, WINDOWS, tmp_path / "whole")
+
+    def stop(block, *_):
+        if block == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_model(source, PLAN, WINDOWS, tmp_path / "stopped", StreamOptions(progress=stop))
+    compress_model(source, PLAN, WINDOWS, tmp_path / "stopped", StreamOptions(progress=lambda block, *_: seen.append(block)))
+    assert set(seen) == {2, 3}
+    assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_at_most_a_block(folder, tmp_path):
+    script = f"""
+        import torch
+        from pathlib import Path
+        from fewbits.methods.weights.gptq import Gptq
+        from fewbits.models.source import open_model
+        from fewbits.pipeline.plan import Plan
+        from fewbits.pipeline.stream import compress_model
+        windows = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(0))
+        compress_model(open_model({str(folder)!r}), Plan(Gptq(bits=3, group_size=16)), windows, Path({str(tmp_path / "interrupted")!r}))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "interrupted" / "block-00000.safetensors").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+    whole = [part.replace("interrupted", "whole") for part in command]
+    subprocess.run(whole, env=environment, check=True, stderr=subprocess.DEVNULL)
+    assert contents(tmp_path / "interrupted") == contents(tmp_path / "whole")
+
+
+def test_other_settings_do_not_continue_a_run(folder, tmp_path):
+    source = open_model(folder)
+    compress_model(source, PLAN, WINDOWS, tmp_path)
+    with pytest.raises(InputError, match=r"bits was 3, now 4.*--fresh"):
+        compress_model(source, Plan(Gptq(bits=4, group_size=16)), WINDOWS, tmp_path)
+    with pytest.raises(InputError, match="windows"):
+        compress_model(source, PLAN, WINDOWS.flip(0), tmp_path)
+
+
+def test_original_inputs_are_another_choice(folder, tmp_path):
+    source = open_model(folder)
+    chosen = {}
+    for inputs in ("original", "propagated"):
+        chosen[inputs] = dict(compress_model(source, PLAN, WINDOWS, tmp_path / inputs, StreamOptions(inputs=inputs)).layers())
+    same = {n: torch.equal(chosen["original"][n].weight.decode(), chosen["propagated"][n].weight.decode()) for n in chosen["original"]}
+    assert all(same[n] for n in same if ".0." in n) and not all(same[n] for n in same if ".3." in n)
+
+
+def test_overrides_and_kept_layers_are_respected_and_named(folder, tmp_path):
+    plan = Plan(Rtn(bits=4, group_size=16), keep=("*.o_proj",), overrides=(("*.down_proj", Gptq(bits=8, group_size=16)),))
+    summary = compress_model(open_model(folder), plan, WINDOWS, tmp_path)
+    bits = {name: stored.weight.terms[0].bits_per_code for name, stored in summary.layers()}
+    assert {name.rpartition(".")[2]: value for name, value in bits.items()} == {
+        "q_proj": 4, "k_proj": 4, "v_proj": 4, "gate_proj": 4, "up_proj": 4, "down_proj": 8,
+    }  # fmt: skip
+    record = summary.record()
+    assert record["kept"]["model.layers.2.self_attn.o_proj"] == "kept by the pattern '*.o_proj'"
+    assert record["kept"]["model.embed_tokens"] == "embedding"
+    assert sum(record["bits"].values()) == sum(sum(stored.bits().values()) for _, stored in summary.layers())
+
+
+def test_a_run_that_would_leave_most_weights_alone_is_refused(folder, tmp_path):
+    with pytest.raises(InputError, match="keep less than half"):
+        compress_model(open_model(folder), Plan(Rtn(), keep=("*mlp*", "*q_proj")), WINDOWS, tmp_path)
+
+
+def test_a_broken_weight_is_named(tmp_path):
+    model = small_llama()
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(NumericsError, match=r"model\.layers\.2\.mlp\.up_proj: the weight is not finite"):
+        compress_model(open_model(tmp_path / "model"), Plan(Rtn(bits=4)), WINDOWS, tmp_path / "work")
+
+
+def test_the_compressed_layers_run_in_the_model(folder, tmp_path):
+    source = open_model(folder)
+    model, dense = source.load(), source.load()
+    for name, stored in compress_model(source, Plan(Gptq(bits=8, group_size=16)), WINDOWS, tmp_path).layers():
+        model.set_submodule(name, CompressedLinear(stored))
+    with torch.no_grad():
+        ours, theirs = model(WINDOWS).logits, dense(WINDOWS).logits
+    assert 0 < float((ours - theirs).norm() / theirs.norm()) < 0.02
