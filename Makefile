@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test check format
+.PHONY: setup quickstart test check format
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -12,6 +12,9 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e '.[test,dev]'
 	touch $@
+
+quickstart: setup
+	$(BIN)/python examples/quickstart.py
 
 test: setup
 	$(BIN)/pytest -q -n 2

@@ -1,1 +1,18 @@
 """Neural networks, their caches and signals in few bits, and exactly what was lost."""
+
+from fewbits.api import compress, evaluate, generate, load
+from fewbits.core.errors import FewbitsError, InputError, NumericsError
+from fewbits.core.tensor import CompressedTensor, Term, Transform
+
+__all__ = [
+    "CompressedTensor",
+    "FewbitsError",
+    "InputError",
+    "NumericsError",
+    "Term",
+    "Transform",
+    "compress",
+    "evaluate",
+    "generate",
+    "load",
+]

@@ -1,0 +1,116 @@
+"""The verbs of fewbits: compress, load, evaluate, generate."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from fewbits.core.method import Method
+from fewbits.data.text import load_text, token_windows
+from fewbits.evaluation.fidelity import score, summarize
+from fewbits.export.checkpoint import check_output, is_checkpoint, load_checkpoint, read_record, write_checkpoint
+from fewbits.models.source import open_model
+from fewbits.pipeline.plan import Plan
+from fewbits.pipeline.stream import StreamOptions, compress_model
+
+
+def compress(
+    model: str | Path,
+    method: Method,
+    output: str | Path,
+    *,
+    data: str = "builtin:calibration",
+    samples: int = 128,
+    sequence_length: int = 512,
+    keep: Sequence[str] = (),
+    overrides: Iterable[tuple[str, Method]] = (),
+    options: StreamOptions | None = None,
+    fresh: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Compress `model` block by block with `method` into the folder `output`; returns the record, which the folder holds too.
+
+    `keep` and `overrides` are glob patterns of layer names: layers left dense, and layers given another method. A stopped
+    run goes on where it was unless `fresh`. Raises InputError for wrong input before any work is done.
+    """
+    output, began = Path(output), time.monotonic()
+    check_output(output)
+    source = open_model(model)
+    windows = token_windows(source.tokenizer(), load_text(data), sequence_length, samples, seed)
+    work = output.with_name(output.name + ".work")
+    if fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    plan = Plan(method, tuple(keep), tuple(overrides))
+    summary = compress_model(source, plan, windows, work, options)
+    settings = {"plan": plan.describe(), "data": data, "samples": len(windows), "sequence_length": sequence_length, "seed": seed}
+    record = _record("compress", model, settings, summary.record(), began) | {"method": method.name(), "fields": asdict(cast(Any, method))}
+    write_checkpoint(output, source, summary.layers(), record)
+    shutil.rmtree(work)
+    return record
+
+
+def load(model: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A dense model or a folder that `compress` wrote, in eval mode."""
+    if is_checkpoint(Path(model)):
+        return load_checkpoint(Path(model), dtype)
+    return open_model(model).load(dtype)
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    reference: str | Path | None = None,
+    data: str = "builtin:heldout",
+    windows: int = 64,
+    sequence_length: int = 512,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Perplexity of `model` on `data` and, against a reference, KL, agreement and the paired loss difference; one record."""
+    began = time.monotonic()
+    tokens = token_windows(open_model(model).tokenizer(), load_text(data), sequence_length, windows, seed)
+    scores = score(load(model), tokens, None if reference is None else load(reference))
+    results = summarize(scores, seed=seed)
+    if is_checkpoint(Path(model)):
+        results["bits_per_weight"] = read_record(Path(model))["results"]["bits_per_weight"]
+    settings = {
+        "reference": None if reference is None else str(reference),
+        "data": data,
+        "windows": len(tokens),
+        "sequence_length": sequence_length,
+        "seed": seed,
+    }
+    return _record("evaluate", model, settings, results, began)
+
+
+def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
+    """The prompt and what the model writes after it; temperature 0 takes the likeliest token each time."""
+    tokenizer = open_model(model).tokenizer()
+    torch.manual_seed(seed)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    output = cast(Any, load(model)).generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+def _record(kind: str, model: str | Path, settings: dict[str, Any], results: dict[str, Any], began: float) -> dict[str, Any]:
+    """What every command reports: what was done, with what, on what, and what came out."""
+    return {
+        "kind": kind,
+        "model": str(model),
+        "settings": settings,
+        "results": results,
+        "seconds": time.monotonic() - began,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("fewbits", "torch", "transformers")}},
+        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+    }

@@ -1,0 +1,1 @@
+"""Compressed models as files, one target a module."""

@@ -1,0 +1,95 @@
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewbits
+from fewbits.core.errors import InputError
+from fewbits.export import checkpoint
+from fewbits.methods.weights.gptq import Gptq
+from fewbits.methods.weights.rtn import Rtn
+
+MODEL = "builtin:tiny-lm"
+SMALL = {"samples": 2, "sequence_length": 32}
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    output = tmp_path_factory.mktemp("out") / "rtn"
+    record = fewbits.compress(MODEL, Rtn(bits=4, group_size=64), output, **SMALL)
+    return output, record
+
+
+def test_the_folder_is_smaller_and_holds_what_was_counted(compressed):
+    output, record = compressed
+    counted = sum(record["results"]["bits"].values()) / 8
+    assert counted <= (output / "compressed.safetensors").stat().st_size < counted * 1.02
+    assert record["results"]["bits_per_weight"] == pytest.approx(4 + 20 / 64, abs=1e-3)
+    assert not output.with_name("rtn.work").exists() and not output.with_name("rtn.partial").exists()
+
+
+def test_a_loaded_model_computes_with_the_stored_terms(compressed):
+    output, _ = compressed
+    model, dense = fewbits.load(output), fewbits.load(MODEL)
+    layers = dict(checkpoint.read_layers(output))
+    for name, stored in layers.items():
+        dense.get_submodule(name).weight.data = stored.weight.decode()
+    tokens = torch.randint(4096, (2, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_and_generation_take_the_folder(compressed):
+    output, _ = compressed
+    results = fewbits.evaluate(output, reference=MODEL, windows=4, sequence_length=64)["results"]
+    assert 0 < results["kl_mean"] < 0.1 and results["bits_per_weight"] < 4.4
+    assert fewbits.generate(output, "def ", max_new_tokens=5).startswith("def ")
+
+
+def test_an_output_that_is_not_empty_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "precious").write_text("x")
+    with pytest.raises(InputError, match="is not empty"):
+        fewbits.compress(MODEL, Rtn(), tmp_path, **SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(compressed, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    output, _ = compressed
+    with pytest.raises(InputError, match="disk is full"):
+        checkpoint.write_checkpoint(tmp_path / "new", fewbits.api.open_model(MODEL), checkpoint.read_layers(output), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_folder_is_named(compressed, tmp_path):
+    shutil.copytree(compressed[0], tmp_path / "cut")
+    file = tmp_path / "cut" / "compressed.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"compressed\.safetensors cannot be read"):
+        fewbits.load(tmp_path / "cut")
+    (tmp_path / "cut" / "fewbits.json").write_text("{")
+    with pytest.raises(InputError, match=r"fewbits\.json cannot be read"):
+        fewbits.load(tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_gptq_keeps_more_of_the_real_model_than_rounding(tmp_path):
+    for method in (Rtn(bits=3, group_size=64), Gptq(bits=3, group_size=64)):
+        fewbits.compress(MODEL, method, tmp_path / method.name(), samples=32, sequence_length=256)
+    plain, ours = (fewbits.evaluate(tmp_path / n, reference=MODEL, windows=24, sequence_length=256)["results"] for n in ("rtn", "gptq"))
+    assert ours["kl_mean"] < 0.5 * plain["kl_mean"]
+    assert 0 < ours["delta_loss"] < plain["delta_loss"] and plain["delta_loss_interval"][0] > 0
+    paired = fewbits.evaluate(tmp_path / "rtn", reference=tmp_path / "gptq", windows=24, sequence_length=256)["results"]
+    assert paired["delta_loss_interval"][0] > 0
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs(tmp_path, capsys):
+    main = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "quickstart.py"))["main"]
+    main(tmp_path / "result.json", samples=2, windows=2, length=32)
+    assert (tmp_path / "result.json").is_file() and capsys.readouterr().out.count("gptq") == 3
