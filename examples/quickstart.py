@@ -14,13 +14,15 @@ MODEL = "builtin:tiny-lm"
 
 def main(result: Path, samples: int = 64, windows: int = 64, length: int = 256) -> None:
     header = f"{'method':8}{'bits/weight':>12}{'perplexity':>12}{'loss difference, 95% interval':>34}{'KL':>9}{'top-1':>8}"
+    calibration = fewbits.TextSample("builtin:calibration", samples, length)
+    heldout = fewbits.TextSample("builtin:heldout", windows, length)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for bits in (4, 3, 2):
             for method in (Rtn(bits=bits, group_size=64), Gptq(bits=bits, group_size=64)):
                 output = Path(folder) / f"{method.name()}-{bits}"
-                made = fewbits.compress(MODEL, method, output, samples=samples, sequence_length=length)
-                record = fewbits.evaluate(output, reference=MODEL, windows=windows, sequence_length=length)
+                made = fewbits.compress(MODEL, method, output, calibration=calibration)
+                record = fewbits.evaluate(output, reference=MODEL, text=heldout)
                 kept = ("bits_per_weight", "perplexity", "perplexity_stderr", "reference_perplexity", "kl_mean", "top1_agreement")
                 row = {"method": method.name(), "bits": bits, "seconds": made["seconds"]} | {key: record["results"][key] for key in kept}
                 row |= {key: record["results"][key] for key in ("delta_loss", "delta_loss_interval")}

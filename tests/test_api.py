@@ -12,13 +12,13 @@ from fewbits.methods.weights.gptq import Gptq
 from fewbits.methods.weights.rtn import Rtn
 
 MODEL = "builtin:tiny-lm"
-SMALL = {"samples": 2, "sequence_length": 32}
+SMALL = fewbits.TextSample("builtin:calibration", 2, 32)
 
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory):
     output = tmp_path_factory.mktemp("out") / "rtn"
-    record = fewbits.compress(MODEL, Rtn(bits=4, group_size=64), output, **SMALL)
+    record = fewbits.compress(MODEL, Rtn(bits=4, group_size=64), output, calibration=SMALL)
     return output, record
 
 
@@ -43,7 +43,7 @@ def test_a_loaded_model_computes_with_the_stored_terms(compressed):
 
 def test_evaluation_and_generation_take_the_folder(compressed):
     output, _ = compressed
-    results = fewbits.evaluate(output, reference=MODEL, windows=4, sequence_length=64)["results"]
+    results = fewbits.evaluate(output, reference=MODEL, text=fewbits.TextSample("builtin:heldout", 4, 64))["results"]
     assert 0 < results["kl_mean"] < 0.1 and results["bits_per_weight"] < 4.4
     assert fewbits.generate(output, "def ", max_new_tokens=5).startswith("def ")
 
@@ -51,7 +51,7 @@ def test_evaluation_and_generation_take_the_folder(compressed):
 def test_an_output_that_is_not_empty_is_refused_and_left_alone(tmp_path):
     (tmp_path / "precious").write_text("x")
     with pytest.raises(InputError, match="is not empty"):
-        fewbits.compress(MODEL, Rtn(), tmp_path, **SMALL)
+        fewbits.compress(MODEL, Rtn(), tmp_path, calibration=SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
@@ -79,12 +79,13 @@ def test_a_damaged_folder_is_named(compressed, tmp_path):
 
 @pytest.mark.slow
 def test_gptq_keeps_more_of_the_real_model_than_rounding(tmp_path):
+    heldout = fewbits.TextSample("builtin:heldout", 24, 256)
     for method in (Rtn(bits=3, group_size=64), Gptq(bits=3, group_size=64)):
-        fewbits.compress(MODEL, method, tmp_path / method.name(), samples=32, sequence_length=256)
-    plain, ours = (fewbits.evaluate(tmp_path / n, reference=MODEL, windows=24, sequence_length=256)["results"] for n in ("rtn", "gptq"))
+        fewbits.compress(MODEL, method, tmp_path / method.name(), calibration=fewbits.TextSample(count=32, length=256))
+    plain, ours = (fewbits.evaluate(tmp_path / name, reference=MODEL, text=heldout)["results"] for name in ("rtn", "gptq"))
     assert ours["kl_mean"] < 0.5 * plain["kl_mean"]
     assert 0 < ours["delta_loss"] < plain["delta_loss"] and plain["delta_loss_interval"][0] > 0
-    paired = fewbits.evaluate(tmp_path / "rtn", reference=tmp_path / "gptq", windows=24, sequence_length=256)["results"]
+    paired = fewbits.evaluate(tmp_path / "rtn", reference=tmp_path / "gptq", text=heldout)["results"]
     assert paired["delta_loss_interval"][0] > 0
 
 

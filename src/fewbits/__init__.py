@@ -3,6 +3,7 @@
 from fewbits.api import compress, evaluate, generate, load
 from fewbits.core.errors import FewbitsError, InputError, NumericsError
 from fewbits.core.tensor import CompressedTensor, Term, Transform
+from fewbits.data.text import TextSample
 
 __all__ = [
     "CompressedTensor",
@@ -10,6 +11,7 @@ __all__ = [
     "InputError",
     "NumericsError",
     "Term",
+    "TextSample",
     "Transform",
     "compress",
     "evaluate",

@@ -6,7 +6,6 @@ import platform
 import resource
 import shutil
 import time
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fewbits.core.method import Method
-from fewbits.data.text import load_text, token_windows
+from fewbits.data.text import TextSample
 from fewbits.evaluation.fidelity import score, summarize
 from fewbits.export.checkpoint import check_output, is_checkpoint, load_checkpoint, read_record, write_checkpoint
 from fewbits.models.source import open_model
@@ -26,34 +25,29 @@ from fewbits.pipeline.stream import StreamOptions, compress_model
 
 def compress(
     model: str | Path,
-    method: Method,
+    method: Method | Plan,
     output: str | Path,
     *,
-    data: str = "builtin:calibration",
-    samples: int = 128,
-    sequence_length: int = 512,
-    keep: Sequence[str] = (),
-    overrides: Iterable[tuple[str, Method]] = (),
+    calibration: TextSample = TextSample(),
     options: StreamOptions | None = None,
     fresh: bool = False,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Compress `model` block by block with `method` into the folder `output`; returns the record, which the folder holds too.
 
-    `keep` and `overrides` are glob patterns of layer names: layers left dense, and layers given another method. A stopped
-    run goes on where it was unless `fresh`. Raises InputError for wrong input before any work is done.
+    A `Plan` in place of the method keeps some layers dense or gives them another method. A stopped run goes on where it was
+    unless `fresh`. Raises InputError for wrong input before any work is done.
     """
     output, began = Path(output), time.monotonic()
     check_output(output)
     source = open_model(model)
-    windows = token_windows(source.tokenizer(), load_text(data), sequence_length, samples, seed)
+    windows = calibration.windows(source.tokenizer())
     work = output.with_name(output.name + ".work")
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
-    plan = Plan(method, tuple(keep), tuple(overrides))
+    plan = method if isinstance(method, Plan) else Plan(method)
     summary = compress_model(source, plan, windows, work, options)
-    settings = {"plan": plan.describe(), "data": data, "samples": len(windows), "sequence_length": sequence_length, "seed": seed}
-    record = _record("compress", model, settings, summary.record(), began) | {"method": method.name(), "fields": asdict(cast(Any, method))}
+    settings = {"method": plan.method.name(), "plan": plan.describe(), "calibration": asdict(calibration)}
+    record = _record("compress", model, settings, summary.record(), began)
     write_checkpoint(output, source, summary.layers(), record)
     shutil.rmtree(work)
     return record
@@ -70,25 +64,16 @@ def evaluate(
     model: str | Path,
     *,
     reference: str | Path | None = None,
-    data: str = "builtin:heldout",
-    windows: int = 64,
-    sequence_length: int = 512,
-    seed: int = 0,
+    text: TextSample = TextSample("builtin:heldout", count=64),
 ) -> dict[str, Any]:
-    """Perplexity of `model` on `data` and, against a reference, KL, agreement and the paired loss difference; one record."""
+    """Perplexity of `model` on `text` and, against a reference, KL, agreement and the paired loss difference; one record."""
     began = time.monotonic()
-    tokens = token_windows(open_model(model).tokenizer(), load_text(data), sequence_length, windows, seed)
+    tokens = text.windows(open_model(model).tokenizer())
     scores = score(load(model), tokens, None if reference is None else load(reference))
-    results = summarize(scores, seed=seed)
+    results = summarize(scores, seed=text.seed)
     if is_checkpoint(Path(model)):
         results["bits_per_weight"] = read_record(Path(model))["results"]["bits_per_weight"]
-    settings = {
-        "reference": None if reference is None else str(reference),
-        "data": data,
-        "windows": len(tokens),
-        "sequence_length": sequence_length,
-        "seed": seed,
-    }
+    settings = {"reference": None if reference is None else str(reference), "text": asdict(text)}
     return _record("evaluate", model, settings, results, began)
 
 

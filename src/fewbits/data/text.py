@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,20 @@ def load_text(name: str) -> list[str]:
     if not any(document.strip() for document in documents):
         raise InputError(f"{path} holds no text")
     return documents
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """Which tokens to run: windows drawn from a text by seed."""
+
+    data: str = "builtin:calibration"
+    count: int = 128
+    length: int = 512
+    seed: int = 0
+
+    def windows(self, tokenizer: Any) -> Tensor:
+        """int64 `[at most count, length]`; raises InputError as `load_text` and `token_windows` do."""
+        return token_windows(tokenizer, load_text(self.data), self.length, self.count, self.seed)
 
 
 def token_windows(tokenizer: Any, documents: Sequence[str], length: int, count: int, seed: int | None = None) -> Tensor:
