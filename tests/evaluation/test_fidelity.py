@@ -38,9 +38,9 @@ def test_losses_and_divergences_are_those_computed_by_hand():
 
 
 def test_a_model_is_no_distance_from_itself():
-    results = summarize(score(OURS, torch.randint(3, (8, 20)), OURS))
+    results = summarize(score(OURS, torch.randint(3, (8, 20), generator=torch.Generator().manual_seed(0)), OURS))
     assert results["kl_mean"] == results["reverse_kl_p99"] == results["delta_loss"] == 0
-    assert results["top1_agreement"] == 1 and results["perplexity"] == results["reference_perplexity"]
+    assert results["top1_agreement"] == 1 and results["perplexity"] == pytest.approx(results["reference_perplexity"], rel=1e-12)
 
 
 def test_batches_change_nothing():
