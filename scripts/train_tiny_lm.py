@@ -78,34 +78,40 @@ def loss_of(model, batch):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
 
-def optimizer_for(model, peak: float):
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95), fused=True)
+def optimizers_for(model, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the embedding and the norms; one learning rate serves both."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=peak, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=peak, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
+    ]
 
 
 def train(model, tokens, heldout, arguments) -> dict:
-    optimizer = optimizer_for(model, arguments.learning_rate)
+    optimizers = optimizers_for(model, arguments.learning_rate)
     state_file, spent, step = arguments.out / "state.pt", 0.0, 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved_state)
         spent, step = state["seconds"], state["step"]
     generator = torch.Generator().manual_seed(1000 + step)
     budget, began, saved, average = arguments.hours * 3600, time.monotonic() - spent, time.monotonic(), None
     while (elapsed := time.monotonic() - began) < budget:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(elapsed / budget, arguments.learning_rate)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(elapsed / budget, arguments.learning_rate)
         starts = torch.randint(len(tokens) - SEQUENCE - 1, (arguments.batch,), generator=generator).tolist()
         batch = torch.from_numpy(np.stack([tokens[s : s + SEQUENCE + 1] for s in starts]).astype(np.int64))
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         if not math.isfinite(average):
@@ -116,7 +122,8 @@ def train(model, tokens, heldout, arguments) -> dict:
         if time.monotonic() - saved > 600:
             saved = time.monotonic()
             print(f"  held-out loss {heldout_loss(model, heldout):.4f}", flush=True)
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "seconds": elapsed, "step": step}
+            state = {"model": model.state_dict(), "seconds": elapsed, "step": step}
+            state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             torch.save(state, state_file.with_suffix(".part"))
             state_file.with_suffix(".part").replace(state_file)
     return {"steps": step, "tokens": step * arguments.batch * SEQUENCE, "hours": arguments.hours, "train_loss": average}
@@ -129,7 +136,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--compile", action="store_true", help="needs a C++ compiler")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -1,0 +1,145 @@
+"""fewbits: neural networks in few bits, and exactly what was lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fewbits import api
+from fewbits.core.config import configure
+from fewbits.core.errors import FewbitsError, InputError
+from fewbits.core.method import Method
+from fewbits.core.registry import get_method, list_methods
+from fewbits.data.text import TextSample
+from fewbits.pipeline.stream import StreamOptions
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+_out, _err = Console(), Console(stderr=True)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def methods(family: Annotated[str | None, typer.Option(help="Only this family.")] = None, as_json: Json = False) -> None:
+    """List the methods: name, family, paper, and the statistics they need."""
+    rows = [_described(get_method(name)) for name in list_methods(family)]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table("name", "family", "paper", "needs")
+    for row in rows:
+        table.add_row(row["name"], row["family"], f"{row['paper']} ({row['arxiv']})", ", ".join(row["needs"]) or "-")
+    _out.print(table)
+
+
+@app.command()
+def show(method: str, as_json: Json = False) -> None:
+    """Describe a method: its idea, paper, what is stored, fields and defaults."""
+    found = get_method(method)
+    described = _described(found) | {"about": (found.__doc__ or "").strip(), "fields": _defaults(found)}
+    if as_json:
+        print(json.dumps(described))
+        return
+    _out.print(f"[bold]{described['name']}[/] ({described['family']}): {described['paper']}, arXiv {described['arxiv']}\n")
+    _out.print(described["about"] + "\n")
+    for name, default in described["fields"].items():
+        _out.print(f"  {name} = {default}")
+
+
+@app.command()
+def compress(  # noqa: PLR0913 - a command has as many options as users need
+    model: str,
+    method: Annotated[str, typer.Option("-m", "--method", help="Name of a method; fewbits methods lists them.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must be new or empty.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A field of the method, as name=value; may be repeated.")] = None,
+    data: Annotated[str, typer.Option(help="Calibration text: a .txt or .jsonl file, or builtin:NAME.")] = "builtin:calibration",
+    samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of continuing a stopped run.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress MODEL (a local folder or builtin:NAME) and write a folder that evaluate, generate and load take."""
+    chosen = configure(get_method(method), _pairs(settings or []))
+    options = StreamOptions(progress=None if as_json else _progress)
+    record = api.compress(model, chosen, output, calibration=TextSample(data, samples, seq_len), options=options, fresh=fresh)
+    if as_json:
+        print(json.dumps(record))
+        return
+    results = record["results"]
+    bits = ", ".join(f"{name} {count / results['compressed_weights']:.4f}" for name, count in results["bits"].items())
+    _out.print(f"{output}: {results['bits_per_weight']:.4f} bits per weight ({bits}) over {results['compressed_weights']} weights")
+    _out.print(f"kept as they were: {', '.join(f'{name} ({reason})' for name, reason in results['kept'].items())}")
+
+
+@app.command()
+def evaluate(
+    model: str,
+    reference: Annotated[str | None, typer.Option(help="Model to compare with, token by token.")] = None,
+    data: Annotated[str, typer.Option(help="Text: a .txt or .jsonl file, or builtin:NAME.")] = "builtin:heldout",
+    windows: Annotated[int, typer.Option(help="Number of windows.")] = 64,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Measure MODEL's perplexity and, with --reference, what was lost."""
+    record = api.evaluate(model, reference=reference, text=TextSample(data, windows, seq_len))
+    if as_json:
+        print(json.dumps(record))
+        return
+    table = Table("measured", "value")
+    for name, value in record["results"].items():
+        table.add_row(name, "[" + ", ".join(f"{v:+.5f}" for v in value) + "]" if isinstance(value, list) else f"{value:.6g}")
+    _out.print(table)
+
+
+@app.command()
+def generate(
+    model: str,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")],
+    max_new_tokens: int = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    seed: int = 0,
+) -> None:
+    """Write on from a prompt."""
+    print(api.generate(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+
+
+def main() -> None:
+    """The program `fewbits`: status 0 done, 2 wrong input in one line, 1 a failure of ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except FewbitsError as error:
+        print(f"fewbits: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+
+
+def _pairs(settings: list[str]) -> dict[str, str]:
+    for setting in settings:
+        if "=" not in setting:
+            raise InputError(f"--set {setting!r} is not right; name=value would be, for example --set bits=3")
+    return dict(cast(tuple[str, str], tuple(setting.split("=", 1))) for setting in settings)
+
+
+def _described(method: type[Method]) -> dict[str, Any]:
+    paper = method.paper
+    needs = [need.__name__.lower() for need in method.needs]
+    return {"name": method.name(), "family": method.family(), "paper": paper.title, "arxiv": paper.arxiv, "needs": needs}
+
+
+def _defaults(method: type[Method]) -> dict[str, Any]:
+    return {field.name: None if field.default is MISSING else field.default for field in fields(cast(Any, method))}
+
+
+def _progress(block: int, blocks: int, layer: str, error: float, seconds_left: float) -> None:
+    _err.print(f"block {block + 1}/{blocks}  {layer}  relative error {error:.2e}  {seconds_left:.0f} s left", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
