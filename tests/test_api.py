@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import fewbits
 from fewbits.core.errors import InputError
@@ -25,7 +26,9 @@ def compressed(tmp_path_factory):
 def test_the_folder_is_smaller_and_holds_what_was_counted(compressed):
     output, record = compressed
     counted = sum(record["results"]["bits"].values()) / 8
-    assert counted <= (output / "compressed.safetensors").stat().st_size < counted * 1.02
+    dense = (4096 * 256 + 17 * 256) * 2  # embedding and norms, bf16
+    assert counted + dense <= (output / "model.safetensors").stat().st_size < (counted + dense) * 1.02
+    assert (output / "README.md").read_text().count("bits per weight") == 1
     assert record["results"]["bits_per_weight"] == pytest.approx(4 + 20 / 64, abs=1e-3)
     assert not output.with_name("rtn.work").exists() and not output.with_name("rtn.partial").exists()
 
@@ -62,19 +65,47 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(compressed
     monkeypatch.setattr(checkpoint, "save_file", full)
     output, _ = compressed
     with pytest.raises(InputError, match="disk is full"):
-        checkpoint.write_checkpoint(tmp_path / "new", fewbits.api.open_model(MODEL), checkpoint.read_layers(output), {})
+        checkpoint.write_checkpoint(tmp_path / "new", fewbits.api.open_model(MODEL), lambda: checkpoint.read_layers(output), {})
     assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_folder_is_named(compressed, tmp_path):
     shutil.copytree(compressed[0], tmp_path / "cut")
-    file = tmp_path / "cut" / "compressed.safetensors"
+    file = tmp_path / "cut" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(InputError, match=r"compressed\.safetensors cannot be read"):
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read"):
         fewbits.load(tmp_path / "cut")
     (tmp_path / "cut" / "fewbits.json").write_text("{")
     with pytest.raises(InputError, match=r"fewbits\.json cannot be read"):
         fewbits.load(tmp_path / "cut")
+
+
+def test_transformers_loads_the_folder_by_itself(compressed):
+    output, _ = compressed
+    tokens = torch.randint(4096, (2, 20))
+    ours, theirs = fewbits.load(output), AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, ours(tokens).logits)
+    layer = theirs.get_submodule("model.layers.3.mlp.down_proj")
+    assert layer.stored.weight.bits_per_weight() == pytest.approx(4 + 20 / 64) and not hasattr(layer, "weight")
+    half = AutoModelForCausalLM.from_pretrained(output, dtype=torch.bfloat16)
+    assert (
+        half.dtype == torch.bfloat16
+        and half.get_submodule("model.layers.3.mlp.down_proj").stored.weight.terms[0].scales.dtype == torch.float16
+    )
+
+
+def test_shards_hold_the_same_model(compressed, tmp_path):
+    output, _ = compressed
+    source = fewbits.api.open_model(MODEL)
+    checkpoint.write_checkpoint(tmp_path / "new", source, lambda: checkpoint.read_layers(output), {}, shard_bytes=10**6)
+    shards = sorted((tmp_path / "new").glob("model-*.safetensors"))
+    assert len(shards) > 2 and all(shard.stat().st_size < 1.1 * 10**6 for shard in shards[:-1])
+    tokens = torch.randint(4096, (1, 10))
+    with torch.no_grad():
+        assert torch.equal(fewbits.load(tmp_path / "new")(tokens).logits, fewbits.load(output)(tokens).logits)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
+        assert torch.equal(theirs(tokens).logits, fewbits.load(output)(tokens).logits)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from fewbits.api import compress, evaluate, generate, load
 from fewbits.core.errors import FewbitsError, InputError, NumericsError
 from fewbits.core.tensor import CompressedTensor, Term, Transform
 from fewbits.data.text import TextSample
+from fewbits.models import transformers_hook as _transformers_hook  # noqa: F401 - registers the folder format
 
 __all__ = [
     "CompressedTensor",

@@ -48,9 +48,38 @@ def compress(
     summary = compress_model(source, plan, windows, work, options)
     settings = {"method": plan.method.name(), "plan": plan.describe(), "calibration": asdict(calibration)}
     record = _record("compress", model, settings, summary.record(), began)
-    write_checkpoint(output, source, summary.layers(), record)
+    write_checkpoint(output, source, summary.layers, record, card=_card(str(model), record))
     shutil.rmtree(work)
     return record
+
+
+def _card(model: str, record: dict[str, Any]) -> str:
+    """The model card: what was done, true bits, and how far each layer's outputs are from the original's."""
+    results = record["results"]
+    errors = sorted((layer["relative_error"], name) for name, layer in results["layers"].items())
+    bits = "\n".join(f"| {name} | {count / results['compressed_weights']:.4f} |" for name, count in results["bits"].items())
+    return f"""---
+library_name: transformers
+tags: [fewbits, compressed]
+---
+# {Path(model).name} compressed with {record["settings"]["method"]}
+
+{results["compressed_weights"]} weights of {len(results["layers"])} linear layers at {results["bits_per_weight"]:.4f} bits each:
+
+| stored | bits per weight |
+|---|---|
+{bits}
+
+Squared output error over squared output on the calibration text: median {errors[len(errors) // 2][0]:.2e}, largest {errors[-1][0]:.2e}
+in `{errors[-1][1]}`. Kept as they were: {", ".join(f"`{name}` ({reason})" for name, reason in results["kept"].items())}.
+
+```python
+import fewbits
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+```
+"""
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -82,7 +82,7 @@ class LayerMethod(Method, ABC):
         return {name: self.compress(weight, statistics) for name, weight in weights.items()}
 
     def activation(self, statistics: Statistics) -> Part | None:
-        """The quantizer of the layer's input (a part with `apply(inputs) -> inputs`), or None: weights only."""
+        """The quantizer of what the weight's terms read (a part with `apply(inputs) -> inputs`), or None: weights only."""
         return None
 
 
@@ -90,7 +90,7 @@ class BlockMethod(Method, ABC):
     """Compresses the linears of one block together, against the block's own outputs."""
 
     @abstractmethod
-    def compress_block(self, block: nn.Module, linears: Mapping[str, nn.Linear], inputs: Any, targets: Any) -> dict[str, CompressedTensor]:
+    def compress_block(self, block: nn.Module, linears: Mapping[str, nn.Module], inputs: Any, targets: Any) -> dict[str, CompressedTensor]:
         """`inputs` and `targets`: sequences of batches [sequences, tokens, features]; returns every linear's compressed form."""
 
 

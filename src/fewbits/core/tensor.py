@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -172,10 +172,15 @@ class CompressedTensor(Part, kind="compressed_tensor"):
             weight = transform.apply(weight.T).T
         return weight.to(dtype)
 
-    def matmul(self, inputs: Tensor) -> Tensor:
-        """`inputs [..., columns]` to `[..., rows]`: what a linear layer without bias computes."""
+    def matmul(self, inputs: Tensor, quantize: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """`inputs [..., columns]` to `[..., rows]`: what a linear layer without bias computes.
+
+        `quantize` rounds the activations that the terms read, after the input transforms.
+        """
         for transform in self.input_transforms:
             inputs = transform.apply(inputs)
+        if quantize is not None:
+            inputs = quantize(inputs)
         outputs = _sum(term.matmul(inputs) for term in self.terms)
         for transform in self.output_transforms:
             outputs = transform.apply(outputs)

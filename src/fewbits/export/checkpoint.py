@@ -5,22 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fewbits.core.errors import FewbitsError, InputError
-from fewbits.core.tensor import from_stored
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.source import ModelSource, open_model
 
-WEIGHTS, COMPRESSED, MANIFEST = "model.safetensors", "compressed.safetensors", "fewbits.json"
+CONFIG, RECORD, CARD = "config.json", "fewbits.json", "README.md"
+FORMAT = 2
+Layers = Callable[[], Iterable[tuple[str, StoredLinear]]]  # every compressed linear by its full name, one at a time
 
 
 def check_output(output: Path) -> None:
@@ -29,21 +29,24 @@ def check_output(output: Path) -> None:
         raise InputError(f"{output} exists and is not empty; another name, or removing it, would be right")
 
 
-def write_checkpoint(output: Path, source: ModelSource, layers: Iterable[tuple[str, StoredLinear]], record: Mapping[str, Any]) -> None:
+def write_checkpoint(
+    output: Path, source: ModelSource, layers: Layers, record: Mapping[str, Any], *, card: str = "", shard_bytes: int = 2 * 10**9
+) -> None:
     """Write the folder beside `output` and rename it when it is complete and reads back bit for bit.
 
-    Holds the source's configuration and tokenizer, the matrices that stay dense in `model.safetensors`, the compressed
-    linears in `compressed.safetensors` with their settings in `fewbits.json`. Raises InputError where `output` is taken or
-    the disk is full.
+    Holds the source's configuration with a `quantization_config` that describes every compressed layer, its tokenizer, the
+    tensors in safetensors shards of at most `shard_bytes` (a single larger tensor excepted) under the names of the model's
+    state dict, the record and the model card. No more than a shard is in memory. Raises InputError where `output` is taken
+    or the disk is full.
     """
     check_output(output)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    stored = dict(layers)
     try:
-        _write(partial, source, stored, record)
-        _audit(partial, stored)
+        _write(partial, source, layers, record, shard_bytes)
+        (partial / CARD).write_text(card)
+        _audit(partial, layers)
     except Exception as error:
         shutil.rmtree(partial)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
@@ -54,65 +57,104 @@ def write_checkpoint(output: Path, source: ModelSource, layers: Iterable[tuple[s
     partial.rename(output)
 
 
-def _write(folder: Path, source: ModelSource, stored: Mapping[str, StoredLinear], record: Mapping[str, Any]) -> None:
+def _write(folder: Path, source: ModelSource, layers: Layers, record: Mapping[str, Any], shard_bytes: int) -> None:
     for file in source.path.iterdir():
         if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.startswith(("model.", "training", "fewbits")):
             shutil.copyfile(file, folder / file.name)
-    replaced = {f"{name}.weight" for name in stored}
-    dense = {name: source.tensor(name) for name in source.tensor_names() if name not in replaced}
-    if len(source.tensor_names()) - len(dense) != len(replaced):
-        raise FewbitsError("the source's files name some compressed layers otherwise than the model does; nothing was written")
-    save_file(dense, folder / WEIGHTS, metadata={"format": "pt"})
-    tensors = {f"{layer}/{name}": tensor.clone() for layer, part in stored.items() for name, tensor in part.tensors().items()}
-    save_file(tensors, folder / COMPRESSED)
-    manifest = {"format": 1, "settings": {name: part.settings() for name, part in stored.items()}, "record": record}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    settings: dict[str, Any] = {}
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for layer, stored in layers():
+            settings[layer] = stored.settings()
+            for name, tensor in CompressedLinear(stored).state_dict().items():
+                yield f"{layer}.{name}", tensor
+        shell = source.shell()
+        for name, _ in shell.named_parameters():
+            if name.removesuffix(".weight") not in settings:
+                yield name, source.parameter(shell, name)
+
+    _write_shards(folder, tensors(), shard_bytes)
+    config = json.loads((folder / CONFIG).read_text())
+    config["quantization_config"] = {"quant_method": "fewbits", "format": FORMAT, "layers": settings}
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _audit(folder: Path, stored: Mapping[str, StoredLinear]) -> None:
-    again = dict(read_layers(folder))
-    for layer, part in stored.items():
-        for name, tensor in part.tensors().items():
-            if not torch.equal(again[layer].tensors()[name], tensor):
-                raise FewbitsError(f"{layer}: the tensor {name!r} does not read back as it was written")
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """model.safetensors, or numbered shards and their index, as transformers names them."""
+    shards: list[list[str]] = []
+    held: dict[str, Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
+            flush()
+        held[name] = tensor.detach().clone().contiguous()
+        total += tensor.nbytes
+    flush()
+    names = (
+        [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
+    )
+    for index, name in enumerate(names):
+        (folder / f"shard-{index}").rename(folder / name)
+    if len(shards) > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+        (folder / "model.safetensors.index.json").write_text(index_text + "\n")
+
+
+def _audit(folder: Path, layers: Layers) -> None:
+    for (layer, stored), (name, again) in zip(layers(), read_layers(folder), strict=True):
+        read = again.tensors()
+        for part, tensor in stored.tensors().items():
+            if layer != name or not torch.equal(read[part], tensor):
+                raise FewbitsError(f"{layer}: the tensor {part!r} does not read back as it was written")
 
 
 def is_checkpoint(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+    return (path / RECORD).is_file()
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What was written about the run that made the checkpoint."""
-    return cast(dict[str, Any], _manifest(path)["record"])
+    """What was written about the run that made the checkpoint. Raises InputError where it cannot be read."""
+    return _json(path / RECORD)
 
 
 def read_layers(path: Path) -> Iterator[tuple[str, StoredLinear]]:
     """The compressed linears of a checkpoint, one at a time. Raises InputError where a file is damaged or of another version."""
-    settings = _manifest(path)["settings"]
-    try:
-        with safe_open(path / COMPRESSED, "pt") as file:
-            names = list(file.keys())
-            for layer, described in settings.items():
-                tensors: dict[str, Tensor] = {n[len(layer) + 1 :]: file.get_tensor(n) for n in names if n.startswith(f"{layer}/")}
-                yield layer, cast(StoredLinear, from_stored(described, tensors))
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path / COMPRESSED} cannot be read ({error}); it may be cut short: copy it again") from error
+    described = _json(path / CONFIG).get("quantization_config", {})
+    if described.get("quant_method") != "fewbits" or described.get("format") != FORMAT:
+        raise InputError(
+            f"{path} is of format {described.get('format')!r}; this version reads format {FORMAT} as written by fewbits compress"
+        )
+    source = open_model(path)
+    for layer, settings in described["layers"].items():
+        module = CompressedLinear.empty(settings)
+        for name in module.state_dict():
+            setattr(module, name, source.tensor(f"{layer}.{name}"))
+        yield layer, module.stored
 
 
 def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model with its compressed layers in place, in eval mode; dense parameters in `dtype`."""
+    read_record(path)
     source = open_model(path)
     shell = source.shell()
     for name, stored in read_layers(path):
-        bias = cast(nn.Linear, shell.get_submodule(name)).bias
+        bias = cast(Tensor | None, shell.get_submodule(name).bias)
         shell.set_submodule(name, CompressedLinear(stored, bias))
     source.load_module(shell, "", dtype)
     shell.tie_weights()
     return shell
 
 
-def _manifest(path: Path) -> dict[str, Any]:
+def _json(file: Path) -> dict[str, Any]:
     try:
-        return cast(dict[str, Any], json.loads((path / MANIFEST).read_text()))
+        return cast(dict[str, Any], json.loads(file.read_text()))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path / MANIFEST} cannot be read ({error}); a folder written by fewbits compress would be right") from error
+        raise InputError(f"{file} cannot be read ({error}); a folder written by fewbits compress would be right") from error

@@ -8,23 +8,31 @@ from fewbits.core.errors import InputError
 _SHRINK_STEPS = 80  # GPTQ's clip search: factors 1 - i/100, i = 0..79
 
 
-def fit_uniform(weight: Tensor, bits: int, *, symmetric: bool = False, search: str = "minmax", power: float = 2.4) -> tuple[Tensor, Tensor]:
+_POWERS = {"shrink": 2.4, "mse": 2.0}
+SEARCHES = ("minmax", "percentile", "mse", "shrink")
+
+
+def fit_uniform(
+    weight: Tensor, bits: int, *, symmetric: bool = False, search: str = "minmax", power: float | None = None, percentile: float = 0.999
+) -> tuple[Tensor, Tensor]:
     """Scale and integer zero point, each `[rows, 1]`, for `weight [rows, columns]`.
 
-    The range always includes zero; a row of zeros gets [-1, 1]. `search="minmax"` spans the extremes; `search="shrink"` keeps
-    the shrink factor of the range with the least sum of |rounded - weight|**power for each row (GPTQ's official quantizer).
-    Raises InputError for an unknown search.
+    The range always includes zero; a row of zeros gets [-1, 1]. "minmax" spans the extremes; "percentile" leaves
+    1 - percentile of the entries out at either end; "mse" and "shrink" keep the shrink factor of the range with the least sum of
+    |rounded - weight|**power for each row, power 2 and 2.4 (GPTQ's official quantizer) unless given.
+    Raises InputError for an unknown search or a percentile outside (0.5, 1].
     """
-    if search not in ("minmax", "shrink"):
-        raise InputError(f"search={search!r} is not known; 'minmax' or 'shrink' would be right")
-    low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
+    if search not in SEARCHES:
+        raise InputError(f"search={search!r} is not known; {', '.join(map(repr, SEARCHES))} are")
+    low, high = _extremes(weight, search, percentile)
     if symmetric:
         high = torch.maximum(-low, high)
         low = torch.where(low < 0, -high, low)
     flat = (low == 0) & (high == 0)
     low, high = torch.where(flat, -1.0, low), torch.where(flat, 1.0, high)
     best = _grid(low, high, bits, symmetric)
-    if search == "shrink":
+    if search in _POWERS:
+        power = _POWERS[search] if power is None else power
         least = _distance(weight, *best, bits, power)
         for step in range(1, _SHRINK_STEPS):
             factor = 1 - step / 100
@@ -34,6 +42,17 @@ def fit_uniform(weight: Tensor, bits: int, *, symmetric: bool = False, search: s
             best = (torch.where(better, trial[0], best[0]), torch.where(better, trial[1], best[1]))
             least = torch.minimum(distance, least)
     return best
+
+
+def _extremes(weight: Tensor, search: str, percentile: float) -> tuple[Tensor, Tensor]:
+    """Both ends of each row's range, `[rows, 1]`, zero included."""
+    if search != "percentile":
+        return weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
+    if not 0.5 < percentile <= 1:
+        raise InputError(f"percentile={percentile} is out of range; above 0.5 and up to 1, such as 0.999, would be right")
+    ends = torch.tensor([1 - percentile, percentile], dtype=weight.dtype, device=weight.device)
+    low, high = torch.quantile(weight, ends, dim=1, keepdim=True)
+    return low.clamp(max=0), high.clamp(min=0)
 
 
 def fit_groups(weight: Tensor, bits: int, group_size: int, **options) -> tuple[Tensor, Tensor]:

@@ -17,19 +17,22 @@ class Uniform(Term, kind="uniform"):
     """Packed codes `[rows, bytes]`, scales `[rows or 1, groups]`, and zero points of one of three kinds.
 
     `zero_points` None is the symmetric grid, whose zero point is 2**(bits-1); uint8 are integer zero points packed at the
-    width of the codes; floating point are real zero points. Made by `from_codes`.
+    width of the codes; floating point are real zero points. Scales and zero points may themselves be a term of that shape:
+    the second level of a two-level grid. Made by `from_codes`.
     """
 
     codes: Tensor
-    scales: Tensor
-    zero_points: Tensor | None
+    scales: Tensor | Term
+    zero_points: Tensor | Term | None
     rows: int
     columns: int
     bits_per_code: int
     group_size: int  # columns that share a scale; the last group may be shorter
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bits: int, group_size: int | None = None) -> Uniform:
+    def from_codes(
+        cls, codes: Tensor, scales: Tensor | Term, zero_points: Tensor | Term | None, *, bits: int, group_size: int | None = None
+    ) -> Uniform:
         """`codes [rows, columns]` in 0..2**bits-1; `scales` and `zero_points` `[rows or 1, groups]`; no group size: whole rows.
 
         Raises InputError where shapes disagree, a scale is not finite, or a code does not fit.
@@ -45,9 +48,10 @@ class Uniform(Term, kind="uniform"):
             )
         if zero_points is not None and zero_points.shape != scales.shape:
             raise InputError(f"zero points {list(zero_points.shape)} and scales {list(scales.shape)} must have one shape")
-        if not bool(torch.isfinite(scales).all()):
-            raise InputError(f"a scale is not finite in {scales.dtype}; a wider dtype, or finite weights, would be right")
-        if zero_points is not None and not zero_points.is_floating_point():
+        if not bool(torch.isfinite(_values(scales)).all()):
+            stored = scales.dtype if isinstance(scales, Tensor) else f"a term of kind {scales.kind}"
+            raise InputError(f"a scale is not finite in {stored}; a wider dtype, or finite weights, would be right")
+        if isinstance(zero_points, Tensor) and not zero_points.is_floating_point():
             zero_points = pack(zero_points, bits)
         return cls(pack(codes, bits), scales, zero_points, rows, columns, bits, size)
 
@@ -63,14 +67,18 @@ class Uniform(Term, kind="uniform"):
         """float32, the shape of the scales (one value for the symmetric grid)."""
         if self.zero_points is None:
             return torch.full((1, 1), float(2 ** (self.bits_per_code - 1)), device=self.codes.device)
-        if self.zero_points.is_floating_point():
-            return self.zero_points.float()
+        if isinstance(self.zero_points, Term) or self.zero_points.is_floating_point():
+            return _values(self.zero_points)
         return unpack(self.zero_points, self.bits_per_code, self.scales.shape[1]).float()
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        scales, zeros = (self._spread(values) for values in (self.scales.float(), self.unpacked_zero_points()))
+        scales, zeros = (self._spread(values) for values in (_values(self.scales), self.unpacked_zero_points()))
         return ((self.unpacked_codes().float() - zeros) * scales).to(dtype)
 
     def _spread(self, values: Tensor) -> Tensor:
         """One value a group to one value a column; a single group broadcasts as it is."""
         return values if values.shape[1] == 1 else values.repeat_interleave(self.group_size, dim=1)[:, : self.columns]
+
+
+def _values(stored: Tensor | Term) -> Tensor:
+    return stored.decode() if isinstance(stored, Term) else stored.float()

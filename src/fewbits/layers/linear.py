@@ -16,14 +16,17 @@ _SEPARATOR = "__"  # buffer names may not contain dots
 
 @dataclass(frozen=True, eq=False)
 class StoredLinear(Part, kind="linear"):
-    """What is stored of a linear layer: its weight, and the quantizer of its input (a part with `apply`), if any."""
+    """What is stored of a linear layer: its weight, and the quantizer of what the weight's terms read (a part with `apply`), if any."""
 
     weight: CompressedTensor
     activation: Part | None = None
 
 
 class CompressedLinear(nn.Module):
-    """y = W a(x) + b. The stored tensors are buffers, which keep their dtypes whatever dtype the model is cast to."""
+    """y = W x + b, with rounded activations if so stored.
+
+    The stored tensors are buffers, which keep their dtypes whatever dtype the model is cast to.
+    """
 
     def __init__(self, stored: StoredLinear, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -51,9 +54,8 @@ class CompressedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         stored = self.stored
-        if stored.activation is not None:
-            inputs = cast(Any, stored.activation).apply(inputs)
-        outputs = stored.weight.matmul(inputs)
+        quantize = None if stored.activation is None else cast(Any, stored.activation).apply
+        outputs = stored.weight.matmul(inputs, quantize)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
     def extra_repr(self) -> str:

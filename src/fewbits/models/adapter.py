@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fewbits.core.errors import InputError
+
+LINEAR = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,10 @@ class Adapter:
             raise InputError(f"{type(self.model).__name__} has no list of repeated blocks with linear layers in them")
         return tuple(f"{best}.{index}" for index in range(len(lists[best])))
 
-    def linears(self, block_name: str) -> dict[str, nn.Linear]:
-        """Every linear layer of a block by its full name."""
+    def linears(self, block_name: str) -> dict[str, nn.Module]:
+        """Every linear layer of a block by its full name; `weight_matrix` gives its weight."""
         block = self.model.get_submodule(block_name)
-        return {f"{block_name}.{name}": module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        return {f"{block_name}.{name}": module for name, module in block.named_modules() if isinstance(module, LINEAR)}
 
     @cached_property
     def kept(self) -> dict[str, str]:
@@ -48,7 +51,7 @@ class Adapter:
                 continue
             if isinstance(module, nn.Embedding):
                 reasons[name] = "embedding"
-            elif isinstance(module, nn.Linear):
+            elif isinstance(module, LINEAR):
                 reasons[name] = "linear layer outside the blocks"
             else:
                 reasons |= {
@@ -57,5 +60,11 @@ class Adapter:
         return reasons
 
 
+def weight_matrix(linear: nn.Module) -> Tensor:
+    """The weight `[out, in]` of a linear layer; GPT-2's layers store the transpose."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    return weight.T if isinstance(linear, Conv1D) else weight
+
+
 def _linear_count(module: nn.Module) -> int:
-    return sum(isinstance(child, nn.Linear) for child in module.modules())
+    return sum(isinstance(child, LINEAR) for child in module.modules())

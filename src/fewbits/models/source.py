@@ -90,11 +90,15 @@ class ModelSource:
         for name, parameter in module.named_parameters():
             if parameter.is_meta:
                 owner, _, last = name.rpartition(".")
-                value = self._stored(f"{module_name}.{name}".lstrip("."), shell).to(dtype)
+                value = self.parameter(shell, f"{module_name}.{name}".lstrip(".")).to(dtype)
                 setattr(module.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
         self._load_buffers(shell, module)
 
-    def _stored(self, name: str, shell: nn.Module) -> Tensor:
+    def parameter(self, shell: nn.Module, name: str) -> Tensor:
+        """A parameter of `shell` by the shell's name for it; files may lack the base model's prefix, or have it in excess.
+
+        Raises InputError where no file holds it.
+        """
         prefix = getattr(shell, "base_model_prefix", "")
         candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
         found = next((candidate for candidate in candidates if candidate in self._files), None)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from fewbits.core.errors import InputError, NumericsError
 from fewbits.core.method import Accumulator, BlockMethod, LayerMethod, Method, Statistics
 from fewbits.core.tensor import CompressedTensor
 from fewbits.layers.linear import CompressedLinear, StoredLinear
-from fewbits.models.adapter import Adapter
+from fewbits.models.adapter import Adapter, weight_matrix
 from fewbits.models.source import ModelSource
 from fewbits.pipeline.capture import BlockCall, Capture
 from fewbits.pipeline.plan import Plan
@@ -111,8 +111,8 @@ class _Run:
     def _kept_by_plan(self) -> dict[str, str]:
         linears = {name: module for block in self.adapter.blocks for name, module in self.adapter.linears(block).items()}
         kept = {name: f"kept by the pattern {pattern!r}" for name in linears if (pattern := self.plan.keeps(name)) is not None}
-        total = sum(linear.weight.numel() for linear in linears.values())
-        left = sum(linears[name].weight.numel() for name in kept)
+        total = sum(weight_matrix(linear).numel() for linear in linears.values())
+        left = sum(weight_matrix(linears[name]).numel() for name in kept)
         if 2 * left > total:
             raise InputError(f"the patterns {list(self.plan.keep)} keep {left} of {total} linear weights dense; keep less than half")
         return kept
@@ -148,12 +148,12 @@ class _Run:
         block = self.shell.get_submodule(name)
         linears = {n: linear for n, linear in self.adapter.linears(name).items() if self.plan.keeps(n) is None}
         for layer, linear in linears.items():
-            if not bool(torch.isfinite(linear.weight).all()):
+            if not bool(torch.isfinite(weight_matrix(linear)).all()):
                 raise NumericsError(f"{layer}: the weight is not finite; the model file is broken")
         outputs, stored, entries = self._solve(block, linears, hidden, calls)
         if self.options.inputs == "propagated":
             for layer, part in stored.items():
-                self.shell.set_submodule(layer, CompressedLinear(part, linears[layer].bias))
+                self.shell.set_submodule(layer, CompressedLinear(part, cast(Tensor | None, linears[layer].bias)))
             outputs = self._forward(block, hidden, calls)
         if not bool(torch.isfinite(outputs).all()):
             raise NumericsError(f"{name}: the block's outputs are not finite after compression")
@@ -176,7 +176,7 @@ class _Run:
         return torch.cat([call.run(block, batch) for call, batch in zip(calls, batches, strict=True)])
 
     def _solve(
-        self, block: nn.Module, linears: Mapping[str, nn.Linear], hidden: Tensor, calls: list[BlockCall]
+        self, block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, calls: list[BlockCall]
     ) -> tuple[Tensor, dict[str, StoredLinear], dict[str, Any]]:
         """The block's dense outputs, its linears compressed, and what the manifest says of each."""
         first = hidden.split(self.options.batch_size)[0]
@@ -192,7 +192,7 @@ class _Run:
         entries: dict[str, Any] = {}
         for group, statistics in gathered.items():
             for method, names in self._by_method(group).items():
-                weights = {name: linears[name].weight.float() for name in names}
+                weights = {name: weight_matrix(linears[name]).float().contiguous() for name in names}
                 for name, tensor in _compress(method, weights, statistics).items():
                     stored[name] = StoredLinear(tensor, method.activation(statistics))
                     entries[name] = _entry(name, weights[name], stored[name], statistics)
@@ -204,13 +204,13 @@ class _Run:
             chosen.setdefault(_layer_method(self.plan.method_for(name), name), []).append(name)
         return chosen
 
-    def _statistics(self, linears: Mapping[str, nn.Linear], group: tuple[str, ...]) -> Statistics:
+    def _statistics(self, linears: Mapping[str, nn.Module], group: tuple[str, ...]) -> Statistics:
         needs = {need for name in group for need in _layer_method(self.plan.method_for(name), name).needs}
-        features = linears[group[0]].in_features
+        features = weight_matrix(linears[group[0]]).shape[1]
         return Statistics(*(need(features) for need in sorted(needs, key=lambda need: need.__name__)))
 
 
-def shared_inputs(linears: Mapping[str, nn.Linear], forward: Callable[[], Any]) -> list[tuple[str, ...]]:
+def shared_inputs(linears: Mapping[str, nn.Module], forward: Callable[[], Any]) -> list[tuple[str, ...]]:
     """Names of `linears` grouped by the very tensor that they read during `forward`, in the order of the calls.
 
     Raises InputError for a linear that is not called.

@@ -5,8 +5,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from fewbits.core.errors import InputError, NumericsError
 from fewbits.core.method import Accumulator
+from fewbits.statistics.checks import checked_tokens
 
 
 class Hessian(Accumulator):
@@ -19,13 +19,7 @@ class Hessian(Accumulator):
 
     def update(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """`inputs [tokens, features]`, each counted `weights [tokens]` times. Raises NumericsError where one is not finite."""
-        if inputs.ndim != 2 or inputs.shape[1] != self.features:
-            raise InputError(
-                f"inputs {list(inputs.shape)} do not fit a Hessian of {self.features} features; [tokens, {self.features}] would"
-            )
-        if not bool(torch.isfinite(inputs).all()):
-            raise NumericsError("the inputs of a layer are not finite; the model, or the calibration text, is broken")
-        inputs = inputs.to(self.total.dtype)
+        inputs = checked_tokens(inputs, self.features).to(self.total.dtype)
         weighted = inputs if weights is None else inputs * weights.to(inputs.dtype)[:, None]
         self.total.addmm_(weighted.T, inputs)
         self.count += len(inputs) if weights is None else float(weights.sum())

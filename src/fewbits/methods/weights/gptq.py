@@ -10,6 +10,7 @@ from torch import Tensor
 from fewbits.core.errors import InputError
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor
+from fewbits.formats.permutation import Permutation
 from fewbits.formats.ranges import fit_groups, fit_uniform, round_codes
 from fewbits.formats.uniform import Uniform
 from fewbits.solvers.error_feedback import Factor, error_feedback, factorize
@@ -22,9 +23,9 @@ class Gptq(LayerMethod):
 
     Stored: one uniform term with fp16 scales and integer zero points (none if symmetric). With `group_size=None` grids are
     fitted once, on the original weight; dynamic groups are fitted on the weight as updated so far, static groups on the
-    original. `activation_order` visits columns by falling diag(H) and uses static groups, so that nothing is permuted in
-    the file (the official code's act-order with dynamic groups would have to store a permutation). Departures: factors in
-    float64; scales are rounded to fp16 before codes are chosen. Raises InputError for values out of range.
+    original. `activation_order` visits columns by falling diag(H); with dynamic groups these are neighbours in that order,
+    so codes are stored in it inside a permutation of the input (int32, one index a feature); static groups store nothing more.
+    Departures: factors in float64; scales are rounded to fp16 before codes are chosen. Raises InputError for values out of range.
     """
 
     bits: int = 4
@@ -65,24 +66,27 @@ class Gptq(LayerMethod):
         size = min(self.group_size or columns, columns)
         weight = weight.clone()
         weight[:, order[factor.dead]] = 0
-        grid = _Grid(self, weight, order, size)
+        dynamic = size < columns and not self.static_groups
+        grid = _Grid(self, weight, torch.arange(columns) if dynamic else order, size)
         error_feedback(weight[:, order], factor, grid, block_size=self.block_size, fresh_every=size)
+        permuted = dynamic and self.activation_order
         codes = torch.empty(rows, columns, dtype=torch.uint8)
-        codes[:, order] = grid.codes.T
+        codes[:, torch.arange(columns) if permuted else order] = grid.codes.T
         zero_points = None if self.symmetric else grid.zeros.T.to(torch.uint8)
         term = Uniform.from_codes(codes, grid.scales.T.contiguous().half(), zero_points, bits=self.bits, group_size=size)
-        return CompressedTensor((term,))
+        return CompressedTensor((term,), (Permutation(order.to(torch.int32)),) if permuted else ())
 
 
 class _Grid:
     """Fills the engine's hook with uniform rounding; remembers the codes, one row a visited column."""
 
-    def __init__(self, method: Gptq, weight: Tensor, order: Tensor, size: int) -> None:
+    def __init__(self, method: Gptq, weight: Tensor, stored_at: Tensor, size: int) -> None:
+        """`stored_at [columns]`: the place in the file, and so the group, of the column visited at each step."""
         rows, columns = weight.shape
         self.method, self.size = method, size
-        self.groups = (order // size).tolist()
-        # With one group a row, or in another order than the groups', grids come from the original weight.
-        self.dynamic = size < columns and not (method.static_groups or method.activation_order)
+        self.groups = (stored_at // size).tolist()
+        # With one group a row there is nothing to refit: grids come from the original weight.
+        self.dynamic = size < columns and not method.static_groups
         scales, zeros = fit_groups(weight, method.bits, size, symmetric=method.symmetric, search=method.search)
         self.scales, self.zeros = scales.T.half().to(weight.dtype).contiguous(), zeros.T.contiguous()
         self.codes = torch.empty(columns, rows, dtype=torch.uint8)

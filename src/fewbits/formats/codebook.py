@@ -1,0 +1,83 @@
+"""Free levels: each code looks its value up in a codebook, for a tensor, a row or a group, fixed or learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import InputError
+from fewbits.core.tensor import Term
+from fewbits.formats.packing import pack, unpack
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook(Term, kind="codebook"):
+    """value = levels[row, group, code] * scales[row, group].
+
+    Packed codes `[rows, bytes]`, levels `[rows or 1, groups or 1, 2**bits]` ascending in no particular order, scales
+    `[rows or 1, groups]` or None for levels that are the values themselves. Made by `from_codes`.
+    """
+
+    codes: Tensor
+    levels: Tensor
+    scales: Tensor | None
+    rows: int
+    columns: int
+    bits_per_code: int
+    group_size: int
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, levels: Tensor, scales: Tensor | None = None, *, bits: int, group_size: int | None = None
+    ) -> Codebook:
+        """`codes [rows, columns]` in 0..2**bits-1. Raises InputError where shapes disagree or a level or scale is not finite."""
+        rows, columns = codes.shape
+        size = columns if group_size is None else group_size
+        if size < 1:
+            raise InputError(f"group_size={size} is out of range; it must be at least 1, or None for whole rows")
+        groups = -(-columns // size)
+        if levels.ndim != 3 or levels.shape[0] not in (1, rows) or levels.shape[1] not in (1, groups) or levels.shape[2] != 2**bits:
+            raise InputError(f"levels {list(levels.shape)} do not fit; [1 or {rows}, 1 or {groups}, {2**bits}] would")
+        if scales is not None and (scales.shape[0] not in (1, rows) or scales.shape[1:] != (groups,)):
+            raise InputError(
+                f"scales {list(scales.shape)} do not fit codes {[rows, columns]} in groups of {size}; [{rows}, {groups}] would"
+            )
+        for name, values in (("level", levels), ("scale", scales)):
+            if values is not None and not bool(torch.isfinite(values).all()):
+                raise InputError(f"a {name} is not finite in {values.dtype}; a wider dtype, or finite weights, would be right")
+        return cls(pack(codes, bits), levels, scales, rows, columns, bits, size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        groups = torch.arange(self.columns, device=self.codes.device) // self.group_size
+        codes = unpack(self.codes, self.bits_per_code, self.columns).long()
+        rows = torch.arange(self.rows, device=self.codes.device)[:, None]
+        books = self.levels.float()
+        values = books[rows if books.shape[0] > 1 else 0, groups if books.shape[1] > 1 else 0, codes]
+        return (values if self.scales is None else values * self.scales.float()[:, groups]).to(dtype)
+
+
+def normal_float_levels(bits: int = 4) -> Tensor:
+    """float32 `[2**bits]`, ascending from -1 to 1 with an exact zero: quantiles of the normal distribution.
+
+    NormalFloat of QLoRA (arXiv 2305.14314, section 3): one level more above zero than below.
+    """
+    half = 2 ** (bits - 1)
+    # The outermost probability is the mean of the two ends' half-steps, which for 4 bits is the published 0.9677083.
+    offset = 1 - 0.5 * (1 / (4 * half) + 1 / (4 * half - 2))
+    above = torch.special.ndtri(torch.linspace(offset, 0.5, half + 1, dtype=torch.float64)[:-1])
+    below = -torch.special.ndtri(torch.linspace(offset, 0.5, half, dtype=torch.float64)[:-1])
+    levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above]).sort().values
+    return (levels / levels.abs().max()).float()
+
+
+def nearest_codes(values: Tensor, levels: Tensor) -> Tensor:
+    """uint8 codes of the nearest of `levels [2**bits]` for every entry of `values`; ties go to the lower level."""
+    ordered, order = levels.to(values.dtype).sort()
+    midpoints = (ordered[1:] + ordered[:-1]) / 2
+    return order.to(torch.uint8)[torch.bucketize(values, midpoints)]

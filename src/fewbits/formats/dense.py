@@ -1,0 +1,30 @@
+"""Numbers as they are: the term that every other is compared with, and what factors and kept values are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import InputError
+from fewbits.core.tensor import Term
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Term, kind="dense"):
+    """`values [rows, columns]` in any floating dtype. Raises InputError for another number of axes."""
+
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        if self.values.ndim != 2:
+            raise InputError(f"values {list(self.values.shape)} are no matrix; [rows, columns] would be right")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.values.shape
+        return rows, columns
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.values.to(dtype)

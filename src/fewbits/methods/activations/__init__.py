@@ -1,0 +1,1 @@
+"""Methods that compute with activations in few bits."""

@@ -1,0 +1,67 @@
+"""SmoothQuant: the outliers of activations are moved into the weights, until both round well to 8 bits."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import InputError
+from fewbits.core.method import LayerMethod, Paper, Statistics
+from fewbits.core.tensor import CompressedTensor
+from fewbits.formats.diagonal import DiagonalScale
+from fewbits.formats.ranges import fit_uniform, round_codes
+from fewbits.formats.uniform import Uniform
+from fewbits.layers.activation import TokenQuantizer
+from fewbits.solvers.smoothing import smoothing_scale
+from fewbits.statistics.ranges import Ranges
+
+
+@dataclass(frozen=True)
+class Smoothquant(LayerMethod):
+    """Linears that read one input share a scale; weights get one scale a row, activations one a token (O1) or a batch (O2).
+
+    Stored: symmetric 8-bit codes with fp16 scales inside a diagonal scale of the input, and the activation quantizer.
+    Departures: every linear is smoothed, not those after a norm alone; the static O3 setting is not offered.
+    Raises InputError for values out of range.
+    """
+
+    bits: int = 8
+    activation_bits: int = 8
+    strength: float = 0.5
+    granularity: Literal["token", "tensor"] = "token"
+
+    paper: ClassVar[Paper] = Paper(
+        "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models", "2211.10438", 2022
+    )
+    baseline: ClassVar[str | None] = "rtn"
+    needs: ClassVar = (Ranges,)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= 8:
+            raise InputError(f"bits={self.bits} is out of range; 1 to 8 would be right")
+        if not 0 <= self.strength <= 1:
+            raise InputError(f"strength={self.strength} is out of range; 0 to 1, such as 0.5, would be right")
+        self._quantizer()
+
+    def compress(self, weight: Tensor, statistics: Statistics) -> CompressedTensor:
+        return self.compress_group({"weight": weight}, statistics)["weight"]
+
+    def compress_group(self, weights: Mapping[str, Tensor], statistics: Statistics) -> dict[str, CompressedTensor]:
+        columns = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0)
+        scale = smoothing_scale(statistics[Ranges].largest_magnitude, columns, self.strength)
+        inverse = (1 / scale).half()
+        return {name: self._round(weight / inverse.float(), inverse) for name, weight in weights.items()}
+
+    def activation(self, statistics: Statistics) -> TokenQuantizer:
+        return self._quantizer()
+
+    def _quantizer(self) -> TokenQuantizer:
+        return TokenQuantizer(self.activation_bits, self.granularity)
+
+    def _round(self, weight: Tensor, inverse: Tensor) -> CompressedTensor:
+        scale, zero = fit_uniform(weight, self.bits, symmetric=True)
+        scale = scale.half()
+        codes = round_codes(weight, scale.float(), zero, self.bits).to(torch.uint8)
+        return CompressedTensor((Uniform.from_codes(codes, scale, None, bits=self.bits),), (DiagonalScale(inverse),))
