@@ -87,7 +87,7 @@ def test_transformers_loads_the_folder_by_itself(compressed):
     with torch.no_grad():
         assert torch.equal(theirs(tokens).logits, ours(tokens).logits)
     layer = theirs.get_submodule("model.layers.3.mlp.down_proj")
-    assert layer.stored.weight.bits_per_weight() == pytest.approx(4 + 20 / 64) and not hasattr(layer, "weight")
+    assert layer.stored.weight.bits_per_weight() == pytest.approx(4 + 20 / 64)
     half = AutoModelForCausalLM.from_pretrained(output, dtype=torch.bfloat16)
     assert (
         half.dtype == torch.bfloat16
@@ -100,7 +100,7 @@ def test_shards_hold_the_same_model(compressed, tmp_path):
     source = fewbits.api.open_model(MODEL)
     checkpoint.write_checkpoint(tmp_path / "new", source, lambda: checkpoint.read_layers(output), {}, shard_bytes=10**6)
     shards = sorted((tmp_path / "new").glob("model-*.safetensors"))
-    assert len(shards) > 2 and all(shard.stat().st_size < 1.1 * 10**6 for shard in shards[:-1])
+    assert len(shards) > 2 and sum(shard.stat().st_size > 1.1 * 10**6 for shard in shards) == 1  # the embedding
     tokens = torch.randint(4096, (1, 10))
     with torch.no_grad():
         assert torch.equal(fewbits.load(tmp_path / "new")(tokens).logits, fewbits.load(output)(tokens).logits)

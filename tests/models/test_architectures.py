@@ -4,7 +4,6 @@ import pytest
 import torch
 import transformers as hf
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
 import fewbits
 from fewbits.export.checkpoint import load_checkpoint, write_checkpoint
@@ -32,6 +31,10 @@ MODELS = {
         hf.FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, new_decoder_architecture=False)
     ),
     "olmo2": lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**LLAMA_LIKE)),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(**LLAMA_LIKE, head_dim=8, num_experts=8, num_experts_per_tok=1, moe_intermediate_size=24, decoder_sparse_step=1)
+    ),
     "bert": lambda: hf.BertModel(hf.BertConfig(**COMMON, intermediate_size=48)),
 }
 
@@ -39,9 +42,17 @@ MODELS = {
 @pytest.fixture(params=list(MODELS))
 def saved(request, tmp_path):
     torch.manual_seed(0)
-    model = MODELS[request.param]().eval()
+    model = MODELS[request.param]().eval().requires_grad_(False)
     model.save_pretrained(tmp_path / "model")
     return request.param, model, tmp_path
+
+
+def dense_matrix(model, name):
+    """The matrix of a layer, or the slice of a stack of experts, as a view [out, in]."""
+    owner, _, last = name.rpartition(".")
+    if ".experts." in name:
+        return model.get_parameter(owner)[int(last)]
+    return weight_matrix(model.get_submodule(name))
 
 
 def test_a_model_goes_in_and_a_smaller_one_comes_out(saved):
@@ -49,18 +60,22 @@ def test_a_model_goes_in_and_a_smaller_one_comes_out(saved):
     source, windows = open_model(folder / "model"), torch.randint(3, 64, (4, 12), generator=torch.Generator().manual_seed(1))
     summary = compress_model(source, Plan(Gptq(bits=4, group_size=16)), windows, folder / "work")
     record, layers = summary.record(), dict(summary.layers())
-    linears = {name for name, module in model.named_modules() if isinstance(module, LINEAR)}
+    linears = {name for name, module in source.shell().named_modules() if isinstance(module, LINEAR)}
     assert linears == set(layers) | {name for name in record["kept"] if name in linears} and len(layers) >= 8
-    assert all(layer["tokens"] == windows.numel() for layer in record["layers"].values())
+    fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    assert len(fused) == 4 * kind.startswith(("mixtral", "qwen3_moe"))
+    routed = {name: layer["tokens"] for name, layer in record["layers"].items() if ".experts." in name}
+    assert all(layer["tokens"] == windows.numel() for name, layer in record["layers"].items() if name not in routed)
+    assert sum(routed.values()) == len(fused) * windows.numel() * getattr(model.config, "num_experts_per_tok", 0)
+    assert record["silent"] == [name for name in routed if not routed[name]]
 
     write_checkpoint(folder / "out", source, summary.layers, record)
     loaded = load_checkpoint(folder / "out")
     for name, stored in layers.items():
-        dense = model.get_submodule(name)
-        weight = stored.weight.decode()
+        weight, dense = stored.weight.decode(), dense_matrix(model, name)
         assert torch.equal(loaded.get_submodule(name).stored.weight.decode(), weight)
-        assert float((weight_matrix(dense) - weight).square().sum()) < 0.05 * float(weight.square().sum())
-        dense.weight.data = weight.T.contiguous() if isinstance(dense, Conv1D) else weight
+        assert float((dense - weight).square().sum()) < 0.05 * float(weight.square().sum())
+        dense.copy_(weight)
     with torch.no_grad():
         expected = model(windows)[0]
         torch.testing.assert_close(loaded(windows)[0], expected, rtol=1e-4, atol=1e-4)

@@ -75,6 +75,8 @@ def compress(  # noqa: PLR0913 - a command has as many options as users need
     results = record["results"]
     bits = ", ".join(f"{name} {count / results['compressed_weights']:.4f}" for name, count in results["bits"].items())
     _out.print(f"{output}: {results['bits_per_weight']:.4f} bits per weight ({bits}) over {results['compressed_weights']} weights")
+    if silent := results["silent"]:
+        _out.print(f"saw no calibration token, so compressed as if inputs were uncorrelated: {', '.join(silent)}")
     _out.print(f"kept as they were: {', '.join(f'{name} ({reason})' for name, reason in results['kept'].items())}")
 
 

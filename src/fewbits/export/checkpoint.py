@@ -69,9 +69,11 @@ def _write(folder: Path, source: ModelSource, layers: Layers, record: Mapping[st
             for name, tensor in CompressedLinear(stored).state_dict().items():
                 yield f"{layer}.{name}", tensor
         shell = source.shell()
-        for name, _ in shell.named_parameters():
+        kept = set(shell.state_dict())
+        buffers = [name for name, _ in shell.named_buffers() if name in kept]
+        for name in [*(name for name, _ in shell.named_parameters()), *buffers]:
             if name.removesuffix(".weight") not in settings:
-                yield name, source.parameter(shell, name)
+                yield name, source.parameter(name)
 
     _write_shards(folder, tensors(), shard_bytes)
     config = json.loads((folder / CONFIG).read_text())

@@ -52,6 +52,11 @@ class CompressedLinear(nn.Module):
             self._remember(cast(StoredLinear, from_stored(self.settings, tensors)))
         return self._stored[0]
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix [out, in], decoded anew: for looking at, not for computing with."""
+        return self.stored.weight.decode()
+
     def forward(self, inputs: Tensor) -> Tensor:
         stored = self.stored
         quantize = None if stored.activation is None else cast(Any, stored.activation).apply

@@ -6,7 +6,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fewbits.core.errors import InputError
+from fewbits.models.conversion import Layout
+from fewbits.models.experts import separate_experts
 
 _BUILTIN = Path(__file__).parent / "builtin"
 
@@ -40,6 +42,7 @@ class ModelSource:
         if not (path / "config.json").is_file():
             raise InputError(f"{path} holds no config.json, so it is not a model folder")
         self._files = self._index()
+        self._layout: Layout | None = None
 
     @cached_property
     def config(self) -> PretrainedConfig:
@@ -62,9 +65,12 @@ class ModelSource:
         return digest.hexdigest()
 
     def shell(self) -> PreTrainedModel:
-        """The model without weights, in eval mode."""
+        """The model without weights, in eval mode; fused experts are linear layers of their own in it."""
         with torch.device("meta"):
-            return self._class().from_config(self.config).eval()
+            shell = self._class().from_config(self.config).eval()
+        separate_experts(shell)
+        self._layout = self._layout or Layout(shell, self._files, self.tensor)
+        return cast(PreTrainedModel, shell)
 
     def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The whole model in memory, in eval mode."""
@@ -90,29 +96,32 @@ class ModelSource:
         for name, parameter in module.named_parameters():
             if parameter.is_meta:
                 owner, _, last = name.rpartition(".")
-                value = self.parameter(shell, f"{module_name}.{name}".lstrip(".")).to(dtype)
+                value = self.parameter(f"{module_name}.{name}".lstrip(".")).to(dtype)
                 setattr(module.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
-        self._load_buffers(shell, module)
+        self._load_buffers(shell, module, module_name)
 
-    def parameter(self, shell: nn.Module, name: str) -> Tensor:
-        """A parameter of `shell` by the shell's name for it; files may lack the base model's prefix, or have it in excess.
+    def parameter(self, name: str) -> Tensor:
+        """A parameter or buffer by the shell's name for it, wherever and in whatever form the files hold it.
 
         Raises InputError where no file holds it.
         """
-        prefix = getattr(shell, "base_model_prefix", "")
-        candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        found = next((candidate for candidate in candidates if candidate in self._files), None)
-        if found is None:
+        if self._layout is None:
+            self.shell()
+            assert self._layout is not None
+        value = self._layout.parameter(name)
+        if value is None:
             raise InputError(f"{self.path} holds no tensor for {name!r}; the files use another layout than the model does")
-        return self.tensor(found)
+        return value
 
-    def _load_buffers(self, shell: nn.Module, module: nn.Module) -> None:
-        for owner in module.modules():
-            missing = [name for name, buffer in owner.named_buffers(recurse=False) if buffer.is_meta]
-            if not missing:
-                continue
-            owner.to_empty(device="cpu", recurse=False)
-            shell._init_weights(owner)  # type: ignore[operator]  # transformers computes rotary tables and the like here
+    def _load_buffers(self, shell: nn.Module, module: nn.Module, prefix: str) -> None:
+        assert self._layout is not None
+        for name, owner in module.named_modules():
+            missing = [one for one, buffer in owner.named_buffers(recurse=False) if buffer.is_meta]
+            for one in missing:
+                stored = self._layout.parameter(f"{prefix}.{name}.{one}".replace("..", ".").strip("."))
+                owner._buffers[one] = torch.empty_like(owner._buffers[one], device="cpu") if stored is None else stored  # type: ignore[arg-type]
+                if stored is None:
+                    _initialize_buffers(shell, owner)
 
     def _class(self) -> Any:
         return AutoModelForCausalLM if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING and not _is_encoder(self.config) else AutoModel
@@ -126,6 +135,15 @@ class ModelSource:
             raise InputError(f"{self.path} holds no model.safetensors; save the model with safe_serialization")
         with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)
+
+
+def _initialize_buffers(shell: nn.Module, owner: nn.Module) -> None:
+    """transformers makes rotary tables and the like in `_init_weights`, which would fill loaded parameters with noise too."""
+    own = dict(owner._parameters)
+    for name, parameter in own.items():
+        owner._parameters[name] = None if parameter is None else nn.Parameter(torch.empty_like(parameter), requires_grad=False)
+    shell._init_weights(owner)  # type: ignore[operator]
+    owner._parameters.update(own)
 
 
 def _is_encoder(config: PretrainedConfig) -> bool:

@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbits.core.errors import InputError
 from fewbits.layers.linear import CompressedLinear
+from fewbits.models.experts import separate_experts
 
 
 @register_quantization_config("fewbits")
@@ -34,6 +35,7 @@ class FewbitsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         prefix = getattr(model, "base_model_prefix", "")
+        separate_experts(model)
         modules = dict(model.named_modules())
         for name, settings in self.quantization_config.layers.items():  # type: ignore[attr-defined]
             here = next((one for one in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if one in modules), None)

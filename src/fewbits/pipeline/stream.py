@@ -69,6 +69,7 @@ class StreamSummary:
             "bits": breakdown,
             "compressed_weights": weights,
             "layers": layers,
+            "silent": [name for name, layer in layers.items() if not layer["tokens"]],
             "kept": dict(self.kept),
         }
 
@@ -191,6 +192,8 @@ class _Run:
         stored: dict[str, StoredLinear] = {}
         entries: dict[str, Any] = {}
         for group, statistics in gathered.items():
+            if not statistics.tokens:
+                _assume_nothing(statistics)
             for method, names in self._by_method(group).items():
                 weights = {name: weight_matrix(linears[name]).float().contiguous() for name in names}
                 for name, tensor in _compress(method, weights, statistics).items():
@@ -213,7 +216,7 @@ class _Run:
 def shared_inputs(linears: Mapping[str, nn.Module], forward: Callable[[], Any]) -> list[tuple[str, ...]]:
     """Names of `linears` grouped by the very tensor that they read during `forward`, in the order of the calls.
 
-    Raises InputError for a linear that is not called.
+    Those that are not called, as experts that no token was sent to, come last, each alone.
     """
     held: dict[str, Tensor] = {}  # holds the inputs, so that no later tensor can take the place of an earlier one in memory
     hooks = [linear.register_forward_pre_hook(_hold(held, name)) for name, linear in linears.items()]
@@ -225,9 +228,7 @@ def shared_inputs(linears: Mapping[str, nn.Module], forward: Callable[[], Any]) 
     groups: dict[Any, list[str]] = {}
     for name, tensor in held.items():
         groups.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), []).append(name)
-    if silent := [name for name in linears if name not in held]:
-        raise InputError(f"{silent[0]}: the block never called this layer on the calibration text, so nothing is known of its inputs")
-    return [tuple(names) for names in groups.values()]
+    return [tuple(names) for names in groups.values()] + [(name,) for name in linears if name not in held]
 
 
 def _hold(held: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -245,6 +246,12 @@ def _gather(statistics: Statistics) -> Callable[[nn.Module, tuple[Tensor, ...]],
             accumulator.update(tokens)
 
     return hook
+
+
+def _assume_nothing(statistics: Statistics) -> None:
+    """What is said of a layer that saw no token: its inputs are all alike and uncorrelated. The record counts it."""
+    for accumulator in statistics:
+        accumulator.update(torch.eye(accumulator.features))
 
 
 def _layer_method(method: Method | None, name: str) -> LayerMethod:
