@@ -17,7 +17,7 @@ from fewbits.methods.weights.rtn import Rtn
 from fewbits.models.adapter import Adapter
 from fewbits.models.source import open_model
 from fewbits.pipeline.plan import Plan
-from fewbits.pipeline.stream import StreamOptions, compress_model, shared_inputs
+from fewbits.pipeline.stream import SharedInputs, StreamOptions, compress_model
 from fewbits.statistics.hessian import Hessian
 
 WINDOWS = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(0))
@@ -72,8 +72,13 @@ def _linears(model):
 def test_linears_that_read_one_tensor_are_one_group(folder):
     model = open_model(folder).load()
     adapter = Adapter(model)
-    groups = shared_inputs(adapter.linears(adapter.blocks[0]), lambda: model(WINDOWS))
-    assert [[name.rpartition(".")[2] for name in group] for group in groups] == [
+    groups = SharedInputs(adapter.linears(adapter.blocks[0]), [Hessian])
+    model(WINDOWS)
+    groups.settle()
+    model(WINDOWS)
+    gathered = groups.close()
+    assert all(statistics.tokens == 2 * WINDOWS.numel() for statistics in gathered.values())
+    assert [[name.rpartition(".")[2] for name in group] for group in gathered] == [
         ["q_proj", "k_proj", "v_proj"],
         ["o_proj"],
         ["gate_proj", "up_proj"],

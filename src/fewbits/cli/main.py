@@ -9,16 +9,20 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import torch
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from fewbits import api
-from fewbits.core.config import configure
+from fewbits.core.config import configure, suggest
 from fewbits.core.errors import FewbitsError, InputError
 from fewbits.core.method import Method
 from fewbits.core.registry import get_method, list_methods
 from fewbits.data.text import TextSample
+from fewbits.pipeline.plan import Plan
+from fewbits.pipeline.recipe import read_recipe
 from fewbits.pipeline.stream import StreamOptions
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -56,19 +60,23 @@ def show(method: str, as_json: Json = False) -> None:
 @app.command()
 def compress(  # noqa: PLR0913 - a command has as many options as users need
     model: str,
-    method: Annotated[str, typer.Option("-m", "--method", help="Name of a method; fewbits methods lists them.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must be new or empty.")],
+    method: Annotated[str | None, typer.Option("-m", "--method", help="Name of a method; fewbits methods lists them.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file with a method, its fields, and layers treated otherwise.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="A field of the method, as name=value; may be repeated.")] = None,
     data: Annotated[str, typer.Option(help="Calibration text: a .txt or .jsonl file, or builtin:NAME.")] = "builtin:calibration",
     samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    dtype: Annotated[str, typer.Option(help="What the model computes in: float32, bfloat16 or float16.")] = "float32",
+    activations_on_disk: Annotated[bool, typer.Option("--activations-on-disk", help="Keep hidden states in a file.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of continuing a stopped run.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compress MODEL (a local folder or builtin:NAME) and write a folder that evaluate, generate and load take."""
-    chosen = configure(get_method(method), _pairs(settings or []))
-    options = StreamOptions(progress=None if as_json else _progress)
-    record = api.compress(model, chosen, output, calibration=TextSample(data, samples, seq_len), options=options, fresh=fresh)
+    plan = _plan(method, recipe, _pairs(settings or []))
+    with _Bar() as bar:
+        options = StreamOptions(dtype=_dtype(dtype), activations_on_disk=activations_on_disk, progress=bar.show)
+        record = api.compress(model, plan, output, calibration=TextSample(data, samples, seq_len), options=options, fresh=fresh)
     if as_json:
         print(json.dumps(record))
         return
@@ -139,8 +147,39 @@ def _defaults(method: type[Method]) -> dict[str, Any]:
     return {field.name: None if field.default is MISSING else field.default for field in fields(cast(Any, method))}
 
 
-def _progress(block: int, blocks: int, layer: str, error: float, seconds_left: float) -> None:
-    _err.print(f"block {block + 1}/{blocks}  {layer}  relative error {error:.2e}  {seconds_left:.0f} s left", highlight=False)
+def _plan(method: str | None, recipe: Path | None, settings: dict[str, str]) -> Plan:
+    if (method is None) == (recipe is None):
+        raise InputError("compress needs a method or a recipe, and not both: -m gptq, or --recipe FILE.toml, would be right")
+    if recipe is not None:
+        return read_recipe(recipe, settings)
+    return Plan(configure(get_method(cast(str, method)), settings))
+
+
+def _dtype(name: str) -> torch.dtype:
+    known = ["float32", "bfloat16", "float16"]
+    if name not in known:
+        raise InputError(f"--dtype {name!r} is not known; {suggest(name, known)}")
+    return cast(torch.dtype, getattr(torch, name))
+
+
+class _Bar:
+    """A line on standard error: the layer that was done last, its error, the share of blocks and the time left."""
+
+    def __enter__(self) -> _Bar:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
+        self.progress = Progress(*columns, console=_err)
+        self.task: TaskID | None = None  # wrong input is said in one line, without a bar above it
+        return self
+
+    def __exit__(self, *what: Any) -> None:
+        self.progress.stop()
+
+    def show(self, block: int, blocks: int, layer: str, error: float, seconds_left: float) -> None:
+        left = f"{seconds_left:.0f} s left"
+        if self.task is None:
+            self.progress.start()
+            self.task = self.progress.add_task("", total=blocks, left="")
+        self.progress.update(self.task, description=f"{layer} error {error:.1e}", completed=block + 1, left=left)
 
 
 if __name__ == "__main__":

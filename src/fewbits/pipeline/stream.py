@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -134,14 +134,31 @@ class _Run:
 
     def _first_inputs(self) -> tuple[Tensor, dict[str, list[BlockCall]]]:
         capture = Capture(self.shell, self.source, self.adapter.blocks, self.options.dtype)
-        states, calls = [], {name: [] for name in self.adapter.blocks}  # type: ignore[var-annotated]
-        for batch in self.batches:
-            hidden, called = capture.run(batch, None)
-            states.append(hidden)
-            for name, call in called.items():
-                calls[name].append(call)
+        calls: dict[str, list[BlockCall]] = {name: [] for name in self.adapter.blocks}
+
+        def states() -> Iterator[Tensor]:
+            for batch in self.batches:
+                hidden, called = capture.run(batch, None)
+                for name, call in called.items():
+                    calls[name].append(call)
+                yield hidden
+
+        hidden = self._keep(0, states())
         capture.close()
-        return torch.cat(states), calls
+        return hidden, calls
+
+    def _keep(self, block: int, batches: Iterable[Tensor]) -> Tensor:
+        """The inputs of `block`: a tensor in memory, or a memory-mapped file that no more than a batch of was in memory."""
+        if self.options.activations_on_disk:
+            self.store.write_activations(block, batches)
+            mapped = self.store.activations(block, self.shape, self.options.dtype, mapped=True)
+            if mapped is None:
+                raise InputError(f"{self.store.folder} has lost the inputs of block {block}; start again with --fresh")
+            return mapped
+        hidden = torch.cat(list(batches))
+        if block:  # the first block's inputs are made again by every run
+            self.store.write_activations(block, [hidden])
+        return hidden
 
     def _compress_block(self, index: int, hidden: Tensor, calls: list[BlockCall], began: float, done: int) -> Tensor:
         name = self.adapter.blocks[index]
@@ -151,20 +168,19 @@ class _Run:
         for layer, linear in linears.items():
             if not bool(torch.isfinite(weight_matrix(linear)).all()):
                 raise NumericsError(f"{layer}: the weight is not finite; the model file is broken")
-        outputs, stored, entries = self._solve(block, linears, hidden, calls)
+        dense, stored, entries = self._solve(block, linears, hidden, calls)
         if self.options.inputs == "propagated":
             for layer, part in stored.items():
                 self.shell.set_submodule(layer, CompressedLinear(part, cast(Tensor | None, linears[layer].bias)))
-            outputs = self._forward(block, hidden, calls)
-        if not bool(torch.isfinite(outputs).all()):
-            raise NumericsError(f"{name}: the block's outputs are not finite after compression")
-        # The next inputs first: the block counts as done only when the run can go on from it.
-        self.store.write_activations(index + 1, [outputs])
+        if index + 1 < len(self.adapter.blocks):
+            # The next inputs first: the block counts as done only when the run can go on from it.
+            outputs = dense if self.options.inputs == "original" else self._forward(block, hidden, calls)
+            hidden = self._keep(index + 1, _finite(name, outputs))
         self.store.write_block(index, stored, {}, {"layers": entries})
         self.store.drop_activations(keep=index + 1)
         block.to("meta")
         self._report(index, entries, began, done)
-        return outputs
+        return hidden
 
     def _report(self, index: int, entries: Mapping[str, Any], began: float, done: int) -> None:
         if self.options.progress is not None:
@@ -172,23 +188,15 @@ class _Run:
             for layer, entry in entries.items():
                 self.options.progress(index, len(self.adapter.blocks), layer, entry["relative_error"], left)
 
-    def _forward(self, block: nn.Module, hidden: Tensor, calls: list[BlockCall]) -> Tensor:
-        batches = hidden.split(self.options.batch_size)
-        return torch.cat([call.run(block, batch) for call, batch in zip(calls, batches, strict=True)])
+    def _forward(self, block: nn.Module, hidden: Tensor, calls: list[BlockCall]) -> Iterator[Tensor]:
+        for call, batch in zip(calls, hidden.split(self.options.batch_size), strict=True):
+            yield call.run(block, batch)
 
     def _solve(
         self, block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, calls: list[BlockCall]
-    ) -> tuple[Tensor, dict[str, StoredLinear], dict[str, Any]]:
-        """The block's dense outputs, its linears compressed, and what the manifest says of each."""
-        first = hidden.split(self.options.batch_size)[0]
-        groups = shared_inputs(linears, lambda: calls[0].run(block, first))
-        gathered = {group: self._statistics(linears, group) for group in groups}
-        hooks = [linears[group[0]].register_forward_pre_hook(_gather(statistics)) for group, statistics in gathered.items()]
-        try:
-            outputs = self._forward(block, hidden, calls)
-        finally:
-            for hook in hooks:
-                hook.remove()
+    ) -> tuple[list[Tensor], dict[str, StoredLinear], dict[str, Any]]:
+        """The block's dense outputs where they are asked for, its linears compressed, and what the manifest says of each."""
+        outputs, gathered = self._gather(block, linears, hidden, calls)
         stored: dict[str, StoredLinear] = {}
         entries: dict[str, Any] = {}
         for group, statistics in gathered.items():
@@ -201,51 +209,95 @@ class _Run:
                     entries[name] = _entry(name, weights[name], stored[name], statistics)
         return outputs, {name: stored[name] for name in linears}, {name: entries[name] for name in linears}
 
+    def _gather(
+        self, block: nn.Module, linears: Mapping[str, nn.Module], hidden: Tensor, calls: list[BlockCall]
+    ) -> tuple[list[Tensor], dict[tuple[str, ...], Statistics]]:
+        """Runs the dense block once: statistics of every group of linears that read one tensor.
+
+        The first batch shows which linears those are; each group's statistics are taken once, when its first reader is called.
+        """
+        needs = {need for name in linears for need in _layer_method(self.plan.method_for(name), name).needs}
+        groups = SharedInputs(linears, sorted(needs, key=lambda need: need.__name__))
+        outputs = []
+        for number, output in enumerate(self._forward(block, hidden, calls)):
+            if number == 0:
+                groups.settle()
+            if self.options.inputs == "original":
+                outputs.append(output)
+        return outputs, groups.close()
+
     def _by_method(self, group: tuple[str, ...]) -> dict[LayerMethod, list[str]]:
         chosen: dict[LayerMethod, list[str]] = {}
         for name in group:
             chosen.setdefault(_layer_method(self.plan.method_for(name), name), []).append(name)
         return chosen
 
-    def _statistics(self, linears: Mapping[str, nn.Module], group: tuple[str, ...]) -> Statistics:
-        needs = {need for name in group for need in _layer_method(self.plan.method_for(name), name).needs}
-        features = weight_matrix(linears[group[0]]).shape[1]
-        return Statistics(*(need(features) for need in sorted(needs, key=lambda need: need.__name__)))
 
+class SharedInputs:
+    """Hooks on `linears` that find those which read the very same tensor, and gather one `Statistics` for each such group."""
 
-def shared_inputs(linears: Mapping[str, nn.Module], forward: Callable[[], Any]) -> list[tuple[str, ...]]:
-    """Names of `linears` grouped by the very tensor that they read during `forward`, in the order of the calls.
+    def __init__(self, linears: Mapping[str, nn.Module], needs: Sequence[type[Accumulator]]) -> None:
+        self.linears, self.needs = linears, needs
+        # Inputs of the first batch are held, so that no later tensor can take the place of an earlier one in memory.
+        self._held: dict[Any, Tensor] = {}
+        self._names: dict[Any, list[str]] = {}
+        self._statistics: dict[str, Statistics] = {}
+        self._hooks = [linear.register_forward_pre_hook(self._first(name)) for name, linear in linears.items()]
 
-    Those that are not called, as experts that no token was sent to, come last, each alone.
-    """
-    held: dict[str, Tensor] = {}  # holds the inputs, so that no later tensor can take the place of an earlier one in memory
-    hooks = [linear.register_forward_pre_hook(_hold(held, name)) for name, linear in linears.items()]
-    try:
-        forward()
-    finally:
-        for hook in hooks:
+    def settle(self) -> None:
+        """After the first batch the groups are known: from now on a group's first reader alone is listened to.
+
+        Linears that were not called, as experts that no token was sent to, become groups of their own.
+        """
+        called = {name for names in self._names.values() for name in names}
+        self._names |= {name: [name] for name in self.linears if name not in called}
+        self._held.clear()
+        self._remove_hooks()
+        for names in self._names.values():
+            statistics = self._statistics.setdefault(names[0], self._empty(names[0]))
+            self._hooks.append(self.linears[names[0]].register_forward_pre_hook(_listen(statistics)))
+
+    def close(self) -> dict[tuple[str, ...], Statistics]:
+        """Groups of names, in the order of their first call, with what was gathered."""
+        self._remove_hooks()
+        return {tuple(names): self._statistics[names[0]] for names in self._names.values()}
+
+    def _first(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            key = (inputs[0].data_ptr(), inputs[0].shape, inputs[0].stride())
+            if key not in self._held:
+                self._held[key], self._names[key] = inputs[0], []
+                self._statistics[name] = self._empty(name)
+                _add(self._statistics[name], inputs[0])
+            self._names[key].append(name)
+
+        return hook
+
+    def _empty(self, name: str) -> Statistics:
+        return Statistics(*(need(weight_matrix(self.linears[name]).shape[1]) for need in self.needs))
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
             hook.remove()
-    groups: dict[Any, list[str]] = {}
-    for name, tensor in held.items():
-        groups.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), []).append(name)
-    return [tuple(names) for names in groups.values()] + [(name,) for name in linears if name not in held]
+        self._hooks.clear()
 
 
-def _hold(held: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        held[name] = inputs[0]
-
-    return hook
+def _listen(statistics: Statistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    return lambda _, inputs: _add(statistics, inputs[0])
 
 
-def _gather(statistics: Statistics) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        tokens = inputs[0].flatten(0, -2)
-        statistics.tokens += len(tokens)
-        for accumulator in statistics:
-            accumulator.update(tokens)
+def _add(statistics: Statistics, inputs: Tensor) -> None:
+    tokens = inputs.flatten(0, -2)
+    statistics.tokens += len(tokens)
+    for accumulator in statistics:
+        accumulator.update(tokens)
 
-    return hook
+
+def _finite(name: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    for batch in batches:
+        if not bool(torch.isfinite(batch).all()):
+            raise NumericsError(f"{name}: the block's outputs are not finite after compression")
+        yield batch
 
 
 def _assume_nothing(statistics: Statistics) -> None:

@@ -10,7 +10,10 @@ from fewbits.statistics.checks import checked_tokens
 
 
 class Hessian(Accumulator):
-    """Sums x x^T over tokens; `matrix` is the weighted mean times two. Mergeable exactly up to the rounding of `dtype`."""
+    """Sums x x^T over tokens in `total`, which is valid on and above its diagonal; `matrix` is the weighted mean times two.
+
+    Mergeable exactly up to the rounding of `dtype`.
+    """
 
     def __init__(self, features: int, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(features)
@@ -21,7 +24,11 @@ class Hessian(Accumulator):
         """`inputs [tokens, features]`, each counted `weights [tokens]` times. Raises NumericsError where one is not finite."""
         inputs = checked_tokens(inputs, self.features).to(self.total.dtype)
         weighted = inputs if weights is None else inputs * weights.to(inputs.dtype)[:, None]
-        self.total.addmm_(weighted.T, inputs)
+        # The matrix is symmetric: only blocks on and above its diagonal are computed.
+        step = max(128, -(-self.features // 8))
+        for start in range(0, self.features, step):
+            end = start + step
+            self.total[start:end, start:].addmm_(weighted[:, start:end].T, inputs[:, start:])
         self.count += len(inputs) if weights is None else float(weights.sum())
 
     def merge(self, other: Self) -> None:
@@ -31,4 +38,5 @@ class Hessian(Accumulator):
     @property
     def matrix(self) -> Tensor:
         """`[features, features]`, positive semi-definite; zero before any token was seen."""
-        return self.total * (2.0 / max(self.count, 1.0))
+        upper = self.total.triu() * (2.0 / max(self.count, 1.0))
+        return upper + upper.triu(1).T

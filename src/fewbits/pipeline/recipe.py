@@ -1,0 +1,61 @@
+"""A plan written down in TOML: a method with its fields, layers that stay dense, layers with another method.
+
+keep = ["*.0.self_attn.*"]
+
+[method]
+name = "gptq"
+bits = 3
+
+[[overrides]]
+layers = "*.down_proj"
+name = "rtn"
+bits = 8
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fewbits.core.config import configure, suggest
+from fewbits.core.errors import InputError
+from fewbits.core.method import Method
+from fewbits.core.registry import get_method
+from fewbits.pipeline.plan import Plan
+
+
+def read_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
+    """The plan in a TOML file; `changes` replace fields of its main method.
+
+    Raises InputError where the file is missing, is no TOML, or says something that is not known.
+    """
+    try:
+        recipe = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"the recipe {path} cannot be read ({error.strerror}); a TOML file would be right") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not TOML: {error}") from error
+    known = ["method", "keep", "overrides"]
+    for name in recipe:
+        if name not in known:
+            raise InputError(f"{path}: {name!r} is not known in a recipe; {suggest(name, known)}")
+    keep = recipe.get("keep", [])
+    if not isinstance(keep, list) or not all(isinstance(pattern, str) for pattern in keep):
+        raise InputError(f"{path}: keep={keep!r} is not right; a list of patterns of layer names would be")
+    overrides = [_override(path, entry) for entry in recipe.get("overrides", [])]
+    return Plan(_method(path, recipe.get("method", {}), changes or {}), tuple(keep), tuple(overrides))
+
+
+def _override(path: Path, entry: dict[str, Any]) -> tuple[str, Method]:
+    if not isinstance(entry.get("layers"), str):
+        raise InputError(f"{path}: an override needs layers, a pattern of layer names such as '*.down_proj'")
+    return entry["layers"], _method(path, {name: value for name, value in entry.items() if name != "layers"}, {})
+
+
+def _method(path: Path, entry: dict[str, Any], changes: Mapping[str, Any]) -> Method:
+    if not isinstance(entry.get("name"), str):
+        raise InputError(f"{path}: a method needs a name, such as name = 'gptq'")
+    values = {name: value for name, value in entry.items() if name != "name"}
+    return configure(get_method(entry["name"]), values | dict(changes))
