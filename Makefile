@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test check format
+.PHONY: setup quickstart test check format tables docs new
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml
@@ -24,7 +24,18 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/tables.py --check
+	$(BIN)/mkdocs build -q --strict
 
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+tables: setup
+	$(BIN)/python scripts/tables.py
+
+docs: setup
+	$(BIN)/mkdocs build --strict
+
+new: setup  # make new FAMILY=weights NAME=foo
+	$(BIN)/python scripts/new_method.py $(FAMILY) $(NAME)

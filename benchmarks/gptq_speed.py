@@ -30,9 +30,8 @@ def run(folder: Path, windows: torch.Tensor, dtype: torch.dtype, repeats: int) -
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as work:
             began = time.process_time()
-            summary = compress_model(
-                open_model(folder), Plan(Gptq(bits=4, group_size=128)), windows, Path(work), StreamOptions(dtype=dtype)
-            )
+            plan, options = Plan(Gptq(bits=4, group_size=128)), StreamOptions(dtype=dtype)
+            summary = compress_model(open_model(folder), plan, windows, Path(work), options)
             seconds.append(time.process_time() - began)
             record = summary.record()
     errors = {name: layer["relative_error"] for name, layer in record["layers"].items()}

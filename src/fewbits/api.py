@@ -14,8 +14,10 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from fewbits.core.errors import InputError
 from fewbits.core.method import Method
 from fewbits.data.text import TextSample
+from fewbits.evaluation.embeddings import compare_embeddings, embed
 from fewbits.evaluation.fidelity import score, summarize
 from fewbits.export.checkpoint import check_output, is_checkpoint, load_checkpoint, read_record, write_checkpoint
 from fewbits.models.source import open_model
@@ -95,15 +97,29 @@ def evaluate(
     reference: str | Path | None = None,
     text: TextSample = TextSample("builtin:heldout", count=64),
 ) -> dict[str, Any]:
-    """Perplexity of `model` on `text` and, against a reference, KL, agreement and the paired loss difference; one record."""
+    """One record: perplexity of `model` on `text` and, against a reference, KL, agreement and the paired loss difference.
+
+    An encoder is measured by the embeddings of the text's lines, against a reference only, and InputError is raised without one.
+    """
     began = time.monotonic()
-    tokens = text.windows(open_model(model).tokenizer())
-    scores = score(load(model), tokens, None if reference is None else load(reference))
-    results = summarize(scores, seed=text.seed)
+    source = open_model(model)
+    if source.is_encoder:
+        results = _compare_encoders(source.tokenizer(), model, reference, text)
+    else:
+        scores = score(load(model), text.windows(source.tokenizer()), None if reference is None else load(reference))
+        results = summarize(scores, seed=text.seed)
     if is_checkpoint(Path(model)):
         results["bits_per_weight"] = read_record(Path(model))["results"]["bits_per_weight"]
     settings = {"reference": None if reference is None else str(reference), "text": asdict(text)}
     return _record("evaluate", model, settings, results, began)
+
+
+def _compare_encoders(tokenizer: Any, model: str | Path, reference: str | Path | None, text: TextSample) -> dict[str, Any]:
+    if reference is None:
+        raise InputError(f"{str(model)!r} is an encoder, which is measured against a reference only; name one")
+    sentences = text.lines()
+    ours, theirs = (embed(load(one), tokenizer, sentences, length=text.length) for one in (model, reference))
+    return dict(compare_embeddings(ours, theirs))
 
 
 def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:

@@ -70,7 +70,11 @@ def test_the_fingerprint_sees_a_changed_weight(saved, tmp_path_factory):
 
 
 def test_what_is_no_model_is_named(tmp_path):
-    for name, says in [("nowhere", "is no folder"), (tmp_path, "no config.json"), ("builtin:huge", "builtin:tiny-lm would be right")]:
+    for name, says in [
+        ("nowhere", "is no folder"),
+        (tmp_path, "no config.json"),
+        ("builtin:huge", known),
+    ]:
         with pytest.raises(InputError, match=says):
             open_model(name)
 

