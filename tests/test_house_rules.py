@@ -27,7 +27,7 @@ def test_files_and_functions_are_small_and_documented(path):
 def test_a_method_has_its_paper_its_test_and_its_page(name):
     method = get_method(name)
     assert method.paper.title and method.__doc__
-    assert (ROOT / "tests/methods" / method.family() / f"test_{name}.py").is_file() or name == "rtn"
+    assert (ROOT / "tests/methods" / method.family() / f"test_{name}.py").is_file()
     assert (ROOT / "docs/methods" / method.family() / f"{name}.md").is_file()
     if method.baseline is not None:
         assert method.baseline in list_methods()

@@ -70,6 +70,7 @@ def test_the_fingerprint_sees_a_changed_weight(saved, tmp_path_factory):
 
 
 def test_what_is_no_model_is_named(tmp_path):
+    known = "builtin:tiny-lm or builtin:minilm would be right"
     for name, says in [
         ("nowhere", "is no folder"),
         (tmp_path, "no config.json"),

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 
+_CHUNK = 2**22  # bits that are spread out, one a byte, at a time
+
 
 def packed_width(columns: int, bits: int) -> int:
     """Bytes that a row of `columns` codes takes: at most 7 bits of a row are padding."""
@@ -22,11 +24,17 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     if bits == 8:
         return codes.to(torch.uint8).contiguous()
-    shifts = torch.arange(bits, device=codes.device)
-    stream = ((codes.to(torch.int32)[:, :, None] >> shifts) & 1).reshape(rows, columns * bits)
+    step = max(1, _CHUNK // max(1, columns * bits))
+    return torch.cat([_pack_rows(part, bits) for part in codes.split(step)]) if rows > step else _pack_rows(codes, bits)
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+    rows, columns = codes.shape
+    shifts = torch.arange(bits, device=codes.device, dtype=torch.uint8)
+    stream = ((codes.to(torch.uint8)[:, :, None] >> shifts) & 1).reshape(rows, columns * bits)
     width = packed_width(columns, bits)
     stream = torch.nn.functional.pad(stream, (0, width * 8 - columns * bits)).reshape(rows, width, 8)
-    return (stream << torch.arange(8, device=codes.device)).sum(-1).to(torch.uint8)
+    return (stream << torch.arange(8, device=codes.device, dtype=torch.uint8)).sum(-1).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:

@@ -178,7 +178,7 @@ class _Run:
             hidden = self._keep(index + 1, _finite(name, outputs))
         self.store.write_block(index, stored, {}, {"layers": entries})
         self.store.drop_activations(keep=index + 1)
-        block.to("meta")
+        self.shell.set_submodule(name, nn.Identity())  # nothing of a finished block stays in memory
         self._report(index, entries, began, done)
         return hidden
 
@@ -199,7 +199,8 @@ class _Run:
         outputs, gathered = self._gather(block, linears, hidden, calls)
         stored: dict[str, StoredLinear] = {}
         entries: dict[str, Any] = {}
-        for group, statistics in gathered.items():
+        for group in list(gathered):
+            statistics = gathered.pop(group)  # a group's statistics go as soon as it is solved
             if not statistics.tokens:
                 _assume_nothing(statistics)
             for method, names in self._by_method(group).items():

@@ -24,9 +24,14 @@ class Factor:
     """The upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U, in float64, and what was done to get it."""
 
     upper: Tensor  # [columns, columns]
-    hessian: Tensor  # damped, dead columns set to 1
+    source: Tensor  # the Hessian as it was given
     dead: Tensor  # bool [columns]: inputs that were never anything but zero
     damping: float  # relative damping that was used; above the asked one after a failed attempt
+
+    @property
+    def hessian(self) -> Tensor:
+        """float64: what was factored, damped and with dead columns set to 1."""
+        return _damped(self.source, self.dead, self.damping)
 
 
 def factorize(hessian: Tensor, damping: float = 0.01) -> Factor:
@@ -37,20 +42,25 @@ def factorize(hessian: Tensor, damping: float = 0.01) -> Factor:
     """
     if not bool(torch.isfinite(hessian).all()):
         raise NumericsError("the Hessian is not finite; the layer's inputs overflowed")
-    matrix = hessian.double()
-    dead = matrix.diagonal() == 0
-    matrix = matrix + torch.diag(dead.double())
-    mean = matrix.diagonal().mean()
+    dead = hessian.diagonal() == 0
     for attempt in range(_RETRIES):
         used = damping * 10**attempt
-        damped = matrix + torch.eye(len(matrix), dtype=torch.float64) * (used * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # One matrix of these is large: each step lets go of the one before.
+        factor, failed = torch.linalg.cholesky_ex(_damped(hessian, dead, used))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(torch.isfinite(upper).all()):
-            return Factor(upper, damped, dead, used)
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+        if not failed and bool(torch.isfinite(factor).all()):
+            return Factor(factor, hessian, dead, used)
         _log.warning("the Hessian could not be factored with damping %g; trying %g", used, used * 10)
     raise NumericsError(f"the Hessian could not be factored, even with damping {used:g}; are the layer's inputs meaningful?")
+
+
+def _damped(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:
+    matrix = hessian.double() if hessian.dtype != torch.float64 else hessian.clone()
+    matrix.diagonal().add_(dead.double())
+    matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    return matrix
 
 
 def error_feedback(

@@ -38,5 +38,7 @@ class Hessian(Accumulator):
     @property
     def matrix(self) -> Tensor:
         """`[features, features]`, positive semi-definite; zero before any token was seen."""
-        upper = self.total.triu() * (2.0 / max(self.count, 1.0))
-        return upper + upper.triu(1).T
+        matrix = self.total * (2.0 / max(self.count, 1.0))
+        for row in range(1, self.features):
+            matrix[row, :row] = matrix[:row, row]
+        return matrix

@@ -58,7 +58,8 @@ class Gptq(LayerMethod):
         order = torch.arange(len(hessian))
         if self.activation_order:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        factor = factorize(hessian[order][:, order], self.damping)
+            hessian = hessian[order][:, order]
+        factor = factorize(hessian, self.damping)
         return {name: self._solve(weight, factor, order) for name, weight in weights.items()}
 
     def _solve(self, weight: Tensor, factor: Factor, order: Tensor) -> CompressedTensor:
