@@ -10,6 +10,7 @@ from torch import Tensor
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
 from fewbits.formats.packing import pack, unpack
+from fewbits.formats.ranges import round_codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,14 @@ class Uniform(Term, kind="uniform"):
         if isinstance(zero_points, Tensor) and not zero_points.is_floating_point():
             zero_points = pack(zero_points, bits)
         return cls(pack(codes, bits), scales, zero_points, rows, columns, bits, size)
+
+    @classmethod
+    def nearest(cls, weight: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, group_size: int, symmetric: bool) -> Uniform:
+        """`weight [rows, columns]` rounded on given grids: scales, stored in fp16, and whole zero points, both `[rows, groups]`."""
+        scales = scales.half()  # what will be stored is what is rounded with
+        wide_scales, wide_zeros = (v.repeat_interleave(group_size, dim=1)[:, : weight.shape[1]] for v in (scales.float(), zeros))
+        codes = round_codes(weight, wide_scales, wide_zeros, bits).to(torch.uint8)
+        return cls.from_codes(codes, scales, None if symmetric else zeros.to(torch.uint8), bits=bits, group_size=group_size)
 
     @property
     def shape(self) -> tuple[int, int]:

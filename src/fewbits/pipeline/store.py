@@ -60,18 +60,16 @@ class Store:
     def manifest(self, block: int) -> dict[str, Any]:
         return _read_json(self._manifest_path(block))
 
-    def write_block(
-        self, block: int, layers: Mapping[str, StoredLinear], replaced: Mapping[str, Tensor], entries: Mapping[str, Any]
-    ) -> None:
+    def write_block(self, block: int, layers: Mapping[str, StoredLinear], entries: Mapping[str, Any]) -> None:
         """Write a block's tensors, then the manifest that makes it count; `entries` join the manifest."""
-        tensors = {f"replaced/{name}": tensor.detach().contiguous().cpu() for name, tensor in replaced.items()}
+        tensors: dict[str, Tensor] = {}
         for layer, stored in layers.items():
             tensors |= {f"{layer}/{name}": tensor.contiguous().cpu() for name, tensor in stored.tensors().items()}
         # safetensors refuses tensors that share memory, as layers with common scales do.
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         _write(self._tensor_path(block), lambda part: save_file(tensors, part))
         described = {name: stored.settings() for name, stored in layers.items()}
-        manifest = {"key": self.key(block), "settings": described, "replaced": sorted(replaced), **entries}
+        manifest = {"key": self.key(block), "settings": described, **entries}
         _write(self._manifest_path(block), lambda part: part.write_text(_as_json(manifest)))
 
     def layers(self, block: int) -> Iterator[tuple[str, StoredLinear]]:
@@ -82,11 +80,6 @@ class Store:
             for layer, settings in described.items():
                 tensors = {n[len(layer) + 1 :]: file.get_tensor(n) for n in names if n.startswith(layer + "/")}
                 yield layer, from_stored(settings, tensors)  # type: ignore[misc]
-
-    def replaced(self, block: int) -> dict[str, Tensor]:
-        """Dense tensors (norms that took up a scale) that take the place of the original ones."""
-        with safe_open(self._tensor_path(block), "pt") as file:
-            return {name: file.get_tensor(f"replaced/{name}") for name in self.manifest(block)["replaced"]}
 
     def write_activations(self, block: int, batches: Iterable[Tensor]) -> None:
         """Keep the inputs of `block`, batch after batch."""

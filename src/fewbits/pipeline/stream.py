@@ -176,7 +176,7 @@ class _Run:
             # The next inputs first: the block counts as done only when the run can go on from it.
             outputs = dense if self.options.inputs == "original" else self._forward(block, hidden, calls)
             hidden = self._keep(index + 1, _finite(name, outputs))
-        self.store.write_block(index, stored, {}, {"layers": entries})
+        self.store.write_block(index, stored, {"layers": entries})
         self.store.drop_activations(keep=index + 1)
         self.shell.set_submodule(name, nn.Identity())  # nothing of a finished block stays in memory
         self._report(index, entries, began, done)
@@ -203,11 +203,12 @@ class _Run:
             statistics = gathered.pop(group)  # a group's statistics go as soon as it is solved
             if not statistics.tokens:
                 _assume_nothing(statistics)
+            moment = next((matrix for matrix in map(_second_moment, statistics) if matrix is not None), None)
             for method, names in self._by_method(group).items():
                 weights = {name: weight_matrix(linears[name]).float().contiguous() for name in names}
                 for name, tensor in _compress(method, weights, statistics).items():
                     stored[name] = StoredLinear(tensor, method.activation(statistics))
-                    entries[name] = _entry(name, weights[name], stored[name], statistics)
+                    entries[name] = _entry(name, weights[name], stored[name], moment) | {"tokens": statistics.tokens}
         return outputs, {name: stored[name] for name in linears}, {name: entries[name] for name in linears}
 
     def _gather(
@@ -320,21 +321,19 @@ def _compress(method: LayerMethod, weights: Mapping[str, Tensor], statistics: St
         raise NumericsError(f"{', '.join(weights)}: {error}") from error
 
 
-def _entry(name: str, weight: Tensor, stored: StoredLinear, statistics: Statistics) -> dict[str, Any]:
+def _entry(name: str, weight: Tensor, stored: StoredLinear, moment: Tensor | None) -> dict[str, Any]:
     difference = weight - stored.weight.decode()
     if not bool(torch.isfinite(difference).all()):
         raise NumericsError(f"{name}: the compressed weight is not finite")
     return {
         "weights": weight.numel(),
         "bits": stored.bits(),
-        "relative_error": _relative_error(weight, difference, statistics),
-        "tokens": statistics.tokens,
+        "relative_error": _relative_error(weight, difference, moment),
     }
 
 
-def _relative_error(weight: Tensor, difference: Tensor, statistics: Statistics) -> float:
+def _relative_error(weight: Tensor, difference: Tensor, moment: Tensor | None) -> float:
     """Squared output error over squared output where a second moment was gathered, else the same of the weight."""
-    moment = next((matrix for matrix in map(_second_moment, statistics) if matrix is not None), None)
     if moment is None:
         return float(difference.square().sum() / weight.square().sum().clamp(min=1e-30))
     return float(((difference @ moment) * difference).sum() / ((weight @ moment) * weight).sum().clamp(min=1e-30))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from fewbits.core.errors import InputError
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.diagonal import DiagonalScale
-from fewbits.formats.ranges import fit_groups, round_codes
+from fewbits.formats.ranges import fit_groups
 from fewbits.formats.uniform import Uniform
 from fewbits.solvers.smoothing import search_scale
 from fewbits.statistics.hessian import Hessian
@@ -83,13 +83,9 @@ class Awq(LayerMethod):
 
     def _term(self, weight: Tensor, share: Tensor) -> Uniform:
         """Nearest codes with every group's range cut to its `share`."""
-        size, columns = self._size(weight), weight.shape[1]
-        options: dict[str, Any] = {"symmetric": self.symmetric}
-        scales, zeros = fit_groups(weight, self.bits, size, **options)
-        scales = (scales * share).half().float()
-        wide_scales, wide_zeros = (values.repeat_interleave(size, dim=1)[:, :columns] for values in (scales, zeros))
-        codes = round_codes(weight, wide_scales, wide_zeros, self.bits).to(torch.uint8)
-        return Uniform.from_codes(codes, scales.half(), None if self.symmetric else zeros.to(torch.uint8), bits=self.bits, group_size=size)
+        size = self._size(weight)
+        scales, zeros = fit_groups(weight, self.bits, size, symmetric=self.symmetric)
+        return Uniform.nearest(weight, scales * share, zeros, bits=self.bits, group_size=size, symmetric=self.symmetric)
 
     def _size(self, weight: Tensor) -> int:
         return min(self.group_size or weight.shape[1], weight.shape[1])

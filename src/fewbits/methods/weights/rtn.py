@@ -1,15 +1,14 @@
 """Round to nearest: the baseline of every weight method."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor
-from fewbits.formats.ranges import fit_groups, round_codes
+from fewbits.formats.ranges import fit_groups
 from fewbits.formats.uniform import Uniform
 
 
@@ -37,10 +36,5 @@ class Rtn(LayerMethod):
     def compress(self, weight: Tensor, statistics: Statistics) -> CompressedTensor:
         columns = weight.shape[1]
         size = min(self.group_size or columns, columns)
-        options: dict[str, Any] = {"symmetric": self.symmetric, "search": self.search}
-        scales, zeros = fit_groups(weight, self.bits, size, **options)
-        scales = scales.half().float()  # what will be stored is what is rounded with
-        wide_scales, wide_zeros = (values.repeat_interleave(size, dim=1)[:, :columns] for values in (scales, zeros))
-        codes = round_codes(weight, wide_scales, wide_zeros, self.bits).to(torch.uint8)
-        zero_points = None if self.symmetric else zeros.to(torch.uint8)
-        return CompressedTensor((Uniform.from_codes(codes, scales.half(), zero_points, bits=self.bits, group_size=size),))
+        scales, zeros = fit_groups(weight, self.bits, size, symmetric=self.symmetric, search=self.search)
+        return CompressedTensor((Uniform.nearest(weight, scales, zeros, bits=self.bits, group_size=size, symmetric=self.symmetric),))
