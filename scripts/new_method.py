@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewbits.core.errors import InputError
+from fewbits.core.checks import check_range
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.ranges import fit_uniform, round_codes
@@ -36,8 +36,7 @@ class $title(LayerMethod):
     needs: ClassVar = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise InputError(f"bits={self.bits} is out of range; 1 to 8 would be right")
+        check_range("bits", self.bits, 1, 8)
 
     def compress(self, weight: Tensor, statistics: Statistics) -> CompressedTensor:
         scales, zeros = fit_uniform(weight, self.bits)

@@ -39,11 +39,16 @@ A = TypeVar("A", bound=Accumulator)
 
 
 class Statistics:
-    """The accumulators gathered for one linear input, looked up by class: `statistics[Hessian]`."""
+    """The accumulators gathered for one linear input, looked up by class: `statistics[Hessian]`.
 
-    def __init__(self, *accumulators: Accumulator, tokens: int = 0) -> None:
+    `sensitivities` holds, by layer name, what the method said of the loss's gradients, where it uses them; inside
+    `compress` there is the one layer's alone, as `sensitivity`.
+    """
+
+    def __init__(self, *accumulators: Accumulator, tokens: int = 0, sensitivities: Mapping[str, Tensor] | None = None) -> None:
         self._by_type = {type(accumulator): accumulator for accumulator in accumulators}
         self.tokens = tokens
+        self.sensitivities = dict(sensitivities or {})
 
     def __getitem__(self, kind: type[A]) -> A:
         if kind not in self._by_type:
@@ -52,6 +57,18 @@ class Statistics:
 
     def __iter__(self) -> Iterator[Accumulator]:
         return iter(self._by_type.values())
+
+    @property
+    def sensitivity(self) -> Tensor:
+        """The only layer's sensitivity. Raises InputError where none, or more than one layer's, was gathered."""
+        if len(self.sensitivities) != 1:
+            raise InputError(f"{len(self.sensitivities)} layers' sensitivities were gathered where one is read; set `uses_gradients`")
+        return next(iter(self.sensitivities.values()))
+
+    def of(self, layer: str) -> Statistics:
+        """The same accumulators with one layer's sensitivity alone."""
+        mine = {layer: self.sensitivities[layer]} if layer in self.sensitivities else {}
+        return Statistics(*self, tokens=self.tokens, sensitivities=mine)
 
 
 class Method:
@@ -73,17 +90,27 @@ class Method:
 class LayerMethod(Method, ABC):
     """Compresses one weight matrix at a time from statistics of its inputs; a pure function of tensors."""
 
+    uses_gradients: ClassVar[bool] = False  # whether `sensitivity` is to be summed over the calibration text
+
     @abstractmethod
     def compress(self, weight: Tensor, statistics: Statistics) -> CompressedTensor:
         """`weight [out, in]` (float32) to its compressed form; raises NumericsError where it cannot."""
 
     def compress_group(self, weights: Mapping[str, Tensor], statistics: Statistics) -> dict[str, CompressedTensor]:
         """All linears that read the same input, by name; override to share work or scales between them."""
-        return {name: self.compress(weight, statistics) for name, weight in weights.items()}
+        return {name: self.compress(weight, statistics.of(name)) for name, weight in weights.items()}
 
-    def activation(self, statistics: Statistics) -> Part | None:
+    def activation(self, statistics: Statistics, weight: CompressedTensor) -> Part | None:
         """The quantizer of what the weight's terms read (a part with `apply(inputs) -> inputs`), or None: weights only."""
         return None
+
+    def sensitivity(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        """What one sample's loss gradient says of a layer; both `[out, in]` float32. Summed over the samples."""
+        raise NotImplementedError(f"{self.name()} says that it uses gradients, but not how")
+
+    def rank(self, sensitivities: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Called once with the sums of all layers that this method compresses; what comes back is given to `compress`."""
+        return sensitivities
 
 
 class BlockMethod(Method, ABC):

@@ -207,7 +207,7 @@ class _Run:
             for method, names in self._by_method(group).items():
                 weights = {name: weight_matrix(linears[name]).float().contiguous() for name in names}
                 for name, tensor in _compress(method, weights, statistics).items():
-                    stored[name] = StoredLinear(tensor, method.activation(statistics))
+                    stored[name] = StoredLinear(tensor, method.activation(statistics, tensor))
                     entries[name] = _entry(name, weights[name], stored[name], moment) | {"tokens": statistics.tokens}
         return outputs, {name: stored[name] for name in linears}, {name: entries[name] for name in linears}
 

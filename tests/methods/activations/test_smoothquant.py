@@ -27,7 +27,8 @@ def error(layer, weight, inputs):
 
 
 def made(method, weight, statistics):
-    return CompressedLinear(StoredLinear(method.compress(weight, statistics), method.activation(statistics)))
+    tensor = method.compress(weight, statistics)
+    return CompressedLinear(StoredLinear(tensor, method.activation(statistics, tensor)))
 
 
 @pytest.mark.parametrize("granularity", ["token", "tensor"])

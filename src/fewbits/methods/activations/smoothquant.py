@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from fewbits.core.checks import check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor
@@ -39,8 +40,7 @@ class Smoothquant(LayerMethod):
     needs: ClassVar = (Ranges,)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise InputError(f"bits={self.bits} is out of range; 1 to 8 would be right")
+        check_range("bits", self.bits, 1, 8)
         if not 0 <= self.strength <= 1:
             raise InputError(f"strength={self.strength} is out of range; 0 to 1, such as 0.5, would be right")
         self._quantizer()
@@ -54,7 +54,7 @@ class Smoothquant(LayerMethod):
         inverse = (1 / scale).half()
         return {name: self._round(weight / inverse.float(), inverse) for name, weight in weights.items()}
 
-    def activation(self, statistics: Statistics) -> TokenQuantizer:
+    def activation(self, statistics: Statistics, weight: CompressedTensor) -> TokenQuantizer:
         return self._quantizer()
 
     def _quantizer(self) -> TokenQuantizer:

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewbits.core.checks import check_group_size, check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor
@@ -40,10 +41,8 @@ class Awq(LayerMethod):
     needs: ClassVar = (Hessian, Moments)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise InputError(f"bits={self.bits} is out of range; 1 to 8 would be right")
-        if self.group_size is not None and self.group_size < 1:
-            raise InputError(f"group_size={self.group_size} is out of range; 1 or more, or none for whole rows, would be right")
+        check_range("bits", self.bits, 1, 8)
+        check_group_size(self.group_size)
         if self.steps < 1 or not 0 < self.smallest_clip <= 1:
             raise InputError(
                 f"steps={self.steps} or smallest_clip={self.smallest_clip} is out of range; 1 or more, and 0 to 1, would be right"

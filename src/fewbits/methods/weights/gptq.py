@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewbits.core.errors import InputError
+from fewbits.core.checks import check_group_size, check_positive, check_range
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.permutation import Permutation
@@ -42,12 +42,9 @@ class Gptq(LayerMethod):
     needs: ClassVar = (Hessian,)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise InputError(f"bits={self.bits} is out of range; 1 to 8 would be right")
-        if self.group_size is not None and self.group_size < 1:
-            raise InputError(f"group_size={self.group_size} is out of range; 1 or more, or none for whole rows, would be right")
-        if not self.damping > 0:
-            raise InputError(f"damping={self.damping} is out of range; a small positive number such as 0.01 would be right")
+        check_range("bits", self.bits, 1, 8)
+        check_group_size(self.group_size)
+        check_positive("damping", self.damping, 0.01)
 
     def compress(self, weight: Tensor, statistics: Statistics) -> CompressedTensor:
         return self.compress_group({"weight": weight}, statistics)["weight"]

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fewbits.core.checks import check_group_size, check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor
@@ -33,10 +34,8 @@ class Hqq(LayerMethod):
     baseline: ClassVar[str | None] = "rtn"
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise InputError(f"bits={self.bits} is out of range; 1 to 8 would be right")
-        if self.group_size is not None and self.group_size < 1:
-            raise InputError(f"group_size={self.group_size} is out of range; 1 or more, or none for whole rows, would be right")
+        check_range("bits", self.bits, 1, 8)
+        check_group_size(self.group_size)
         if not 0 < self.norm <= 1 or self.beta <= 0 or self.growth < 1 or self.iterations < 0:
             raise InputError(
                 f"norm={self.norm}, beta={self.beta}, growth={self.growth} or iterations={self.iterations} is out of range; "

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fewbits.core.errors import InputError
+from fewbits.core.checks import check_group_size, check_range
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.ranges import fit_groups
@@ -28,10 +28,8 @@ class Rtn(LayerMethod):
     paper: ClassVar[Paper] = Paper("Quantizing deep convolutional networks for efficient inference: a whitepaper", "1806.08342", 2018)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise InputError(f"bits={self.bits} is out of range; 1 to 8 would be right")
-        if self.group_size is not None and self.group_size < 1:
-            raise InputError(f"group_size={self.group_size} is out of range; 1 or more, or none for whole rows, would be right")
+        check_range("bits", self.bits, 1, 8)
+        check_group_size(self.group_size)
 
     def compress(self, weight: Tensor, statistics: Statistics) -> CompressedTensor:
         columns = weight.shape[1]
