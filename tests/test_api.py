@@ -2,12 +2,14 @@ import runpy
 import shutil
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import fewbits
 from fewbits.core.errors import InputError
+from fewbits.core.record import schema
 from fewbits.export import checkpoint
 from fewbits.methods.weights.gptq import Gptq
 from fewbits.methods.weights.rtn import Rtn
@@ -29,7 +31,8 @@ def test_the_folder_is_smaller_and_holds_what_was_counted(compressed):
     counted = sum(record["results"]["bits"].values()) / 8
     dense = (4096 * 256 + 17 * 256) * 2  # embedding and norms, bf16
     assert counted + dense <= (output / "model.safetensors").stat().st_size < (counted + dense) * 1.02
-    assert (output / "README.md").read_text().count("bits per weight") == 1
+    card, probe = (output / "README.md").read_text(), record["results"]["probe"]
+    assert card.count("bits per weight") == 1 and f"KL divergence {probe['kl_mean']:.4f} nats" in card
     assert record["results"]["bits_per_weight"] == pytest.approx(4 + 20 / 64, abs=1e-3)
     assert not output.with_name("rtn.work").exists() and not output.with_name("rtn.partial").exists()
 
@@ -66,7 +69,9 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(compressed
     monkeypatch.setattr(checkpoint, "save_file", full)
     output, _ = compressed
     with pytest.raises(InputError, match="disk is full"):
-        checkpoint.write_checkpoint(tmp_path / "new", fewbits.api.open_model(MODEL), lambda: checkpoint.read_layers(output), {})
+        checkpoint.write_checkpoint(
+            tmp_path / "new", fewbits.api.open_model(MODEL), lambda: checkpoint.read_layers(output), lambda folder: ({}, "")
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -78,7 +83,7 @@ def test_a_damaged_folder_is_named(compressed, tmp_path):
         fewbits.load(tmp_path / "cut")
     (tmp_path / "cut" / "fewbits.json").write_text("{")
     with pytest.raises(InputError, match=r"fewbits\.json cannot be read"):
-        fewbits.load(tmp_path / "cut")
+        checkpoint.read_record(tmp_path / "cut")
 
 
 def test_transformers_loads_the_folder_by_itself(compressed):
@@ -99,7 +104,9 @@ def test_transformers_loads_the_folder_by_itself(compressed):
 def test_shards_hold_the_same_model(compressed, tmp_path):
     output, _ = compressed
     source = fewbits.api.open_model(MODEL)
-    checkpoint.write_checkpoint(tmp_path / "new", source, lambda: checkpoint.read_layers(output), {}, shard_bytes=10**6)
+    checkpoint.write_checkpoint(
+        tmp_path / "new", source, lambda: checkpoint.read_layers(output), lambda folder: ({}, ""), shard_bytes=10**6
+    )
     shards = sorted((tmp_path / "new").glob("model-*.safetensors"))
     assert len(shards) > 2 and sum(shard.stat().st_size > 1.1 * 10**6 for shard in shards) == 1  # the embedding
     tokens = torch.randint(4096, (1, 10))
@@ -132,10 +139,36 @@ def test_ignoring_correlations_hurts_the_real_model(tmp_path, monkeypatch):
     """The ablation of gptq.md, item 4: the Hessian replaced by its diagonal is round-to-nearest again."""
     heldout, calibration = fewbits.TextSample("builtin:heldout", 16, 256), fewbits.TextSample(count=24, length=256)
     fewbits.compress(MODEL, Gptq(bits=3, group_size=64), tmp_path / "whole", calibration=calibration)
-    monkeypatch.setattr(Hessian, "matrix", property(lambda self: torch.diag(self.total.diagonal())))
+    whole = Hessian.matrix.fget
+    monkeypatch.setattr(Hessian, "matrix", property(lambda self: torch.diag(whole(self).diagonal())))
     fewbits.compress(MODEL, Gptq(bits=3, group_size=64), tmp_path / "diagonal", calibration=calibration)
     worse = fewbits.evaluate(tmp_path / "diagonal", reference=tmp_path / "whole", text=heldout)["results"]
     assert worse["delta_loss_interval"][0] > 0.03
+
+
+def test_every_record_fits_the_schema(compressed):
+    output, record = compressed
+    text = fewbits.TextSample("builtin:heldout", 2, 32)
+    records = [
+        record,
+        checkpoint.read_record(output),
+        fewbits.evaluate(MODEL, text=text),
+        fewbits.evaluate(output, reference=MODEL, text=text),
+    ]
+    validator = jsonschema.Draft202012Validator(schema())
+    for one in records:
+        validator.validate(one)
+    for broken in ({**record, "kind": "other"}, {**record, "results": {}}, {k: v for k, v in record.items() if k != "seconds"}):
+        assert not validator.is_valid(broken)
+
+
+def test_one_block_at_a_time_gives_the_same_numbers(compressed):
+    output, _ = compressed
+    text = fewbits.TextSample("builtin:heldout", 6, 32)
+    whole, streamed = (fewbits.evaluate(output, reference=MODEL, text=text, streamed=one)["results"] for one in (False, True))
+    intervals = [one.pop("delta_loss_interval") for one in (whole, streamed)]
+    assert whole["kl_mean"] > 0 and streamed == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    assert intervals[0] == pytest.approx(intervals[1], rel=1e-3)
 
 
 @pytest.mark.slow

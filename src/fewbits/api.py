@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-import resource
 import shutil
 import time
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +13,11 @@ from transformers import PreTrainedModel
 
 from fewbits.core.errors import InputError
 from fewbits.core.method import Method
+from fewbits.core.record import make_record
 from fewbits.data.text import TextSample
 from fewbits.evaluation.embeddings import compare_embeddings, embed
 from fewbits.evaluation.fidelity import score, summarize
+from fewbits.evaluation.streamed import StreamedModel
 from fewbits.export.checkpoint import check_output, is_checkpoint, load_checkpoint, read_record, write_checkpoint
 from fewbits.models.source import open_model
 from fewbits.pipeline.plan import Plan
@@ -32,27 +31,38 @@ def compress(
     *,
     calibration: TextSample = TextSample(),
     options: StreamOptions | None = None,
+    probe: TextSample | None = TextSample("builtin:heldout", count=16, length=256),
     fresh: bool = False,
 ) -> dict[str, Any]:
     """Compress `model` block by block with `method` into the folder `output`; returns the record, which the folder holds too.
 
-    A `Plan` in place of the method keeps some layers dense or gives them another method. A stopped run goes on where it was
-    unless `fresh`. Raises InputError for wrong input before any work is done.
+    A `Plan` in place of the method keeps some layers dense or gives them another method. What was written is measured against
+    `model` on the text `probe`, one block at a time, for the record and the model card; None measures nothing. A stopped run
+    goes on where it was unless `fresh`. Raises InputError for wrong input before any work is done.
     """
     output, began = Path(output), time.monotonic()
     check_output(output)
     source = open_model(model)
-    windows = calibration.windows(source.tokenizer())
+    tokens, mask = calibration.batch(source.tokenizer())
+    if probe is not None:
+        probe.windows(source.tokenizer())
     work = output.with_name(output.name + ".work")
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
     plan = method if isinstance(method, Plan) else Plan(method)
-    summary = compress_model(source, plan, windows, work, options)
+    summary = compress_model(source, plan, tokens, work, options, mask)
     settings = {"method": plan.method.name(), "plan": plan.describe(), "calibration": asdict(calibration)}
-    record = _record("compress", model, settings, summary.record(), began)
-    write_checkpoint(output, source, summary.layers, record, card=_card(str(model), record))
+
+    def describe(folder: Path) -> tuple[dict[str, Any], str]:
+        results = summary.record()
+        if probe is not None:
+            results["probe"] = {"text": asdict(probe)} | _measure(folder, model, probe, streamed=True)
+        record = make_record("compress", model, settings, results, began)
+        return record, _card(str(model), record)
+
+    record = write_checkpoint(output, source, summary.layers, describe, replaced=summary.replaced())
     shutil.rmtree(work)
-    return record
+    return dict(record)
 
 
 def _card(model: str, record: dict[str, Any]) -> str:
@@ -74,7 +84,7 @@ tags: [fewbits, compressed]
 
 Squared output error over squared output on the calibration text: median {errors[len(errors) // 2][0]:.2e}, largest {errors[-1][0]:.2e}
 in `{errors[-1][1]}`. Kept as they were: {", ".join(f"`{name}` ({reason})" for name, reason in results["kept"].items())}.
-
+{_loss(results.get("probe"))}
 ```python
 import fewbits
 from transformers import AutoModelForCausalLM
@@ -82,6 +92,23 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("this folder")
 ```
 """
+
+
+def _loss(probe: dict[str, Any] | None) -> str:
+    """The card's paragraph about what was measured on the probe text."""
+    if probe is None:
+        return ""
+    if "cosine_mean" in probe:
+        said = f"cosine to the original's embeddings {probe['cosine_mean']:.4f} on {probe['sentences']} lines"
+    else:
+        low, high = probe["delta_loss_interval"]
+        said = (
+            f"perplexity {probe['perplexity']:.3f} against {probe['reference_perplexity']:.3f}, "
+            f"loss {probe['delta_loss']:+.4f} nats a token (95% interval {low:+.4f} to {high:+.4f}), "
+            f"KL divergence {probe['kl_mean']:.4f} nats, "
+            f"the same likeliest token at {probe['top1_agreement']:.1%} of {probe['tokens']} tokens"
+        )
+    return f"\nMeasured against the original on `{probe['text']['data']}`: {said}.\n"
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -96,22 +123,32 @@ def evaluate(
     *,
     reference: str | Path | None = None,
     text: TextSample = TextSample("builtin:heldout", count=64),
+    streamed: bool = False,
 ) -> dict[str, Any]:
     """One record: perplexity of `model` on `text` and, against a reference, KL, agreement and the paired loss difference.
 
-    An encoder is measured by the embeddings of the text's lines, against a reference only, and InputError is raised without one.
+    `streamed` runs one block at a time, for models that are larger than memory. An encoder is measured by the embeddings of
+    the text's lines, against a reference only, and InputError is raised without one.
     """
     began = time.monotonic()
-    source = open_model(model)
-    if source.is_encoder:
-        results = _compare_encoders(source.tokenizer(), model, reference, text)
-    else:
-        scores = score(load(model), text.windows(source.tokenizer()), None if reference is None else load(reference))
-        results = summarize(scores, seed=text.seed)
+    results = _measure(model, reference, text, streamed)
     if is_checkpoint(Path(model)):
         results["bits_per_weight"] = read_record(Path(model))["results"]["bits_per_weight"]
-    settings = {"reference": None if reference is None else str(reference), "text": asdict(text)}
-    return _record("evaluate", model, settings, results, began)
+    settings = {"reference": None if reference is None else str(reference), "text": asdict(text), "streamed": streamed}
+    return make_record("evaluate", model, settings, results, began)
+
+
+def _measure(model: str | Path, reference: str | Path | None, text: TextSample, streamed: bool) -> dict[str, Any]:
+    source = open_model(model)
+    if source.is_encoder:
+        return _compare_encoders(source.tokenizer(), model, reference, text)
+    windows = text.windows(source.tokenizer())
+
+    def opened(one: str | Path) -> torch.nn.Module:
+        return StreamedModel(one, windows) if streamed else load(one)
+
+    scores = score(opened(model), windows, None if reference is None else opened(reference))
+    return summarize(scores, seed=text.seed)
 
 
 def _compare_encoders(tokenizer: Any, model: str | Path, reference: str | Path | None, text: TextSample) -> dict[str, Any]:
@@ -130,17 +167,3 @@ def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64, temper
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     output = cast(Any, load(model)).generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
-
-
-def _record(kind: str, model: str | Path, settings: dict[str, Any], results: dict[str, Any], began: float) -> dict[str, Any]:
-    """What every command reports: what was done, with what, on what, and what came out."""
-    return {
-        "kind": kind,
-        "model": str(model),
-        "settings": settings,
-        "results": results,
-        "seconds": time.monotonic() - began,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("fewbits", "torch", "transformers")}},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-    }

@@ -4,7 +4,8 @@ import pytest
 
 from fewbits.core.errors import InputError
 from fewbits.data.standard_library import CALIBRATION_MODULES, HELDOUT_MODULES
-from fewbits.data.text import load_text, token_windows
+from fewbits.data.text import TextSample, load_text, token_windows
+from fewbits.models.source import open_model
 
 
 class Letters:
@@ -50,3 +51,14 @@ def test_what_is_held_out_is_not_calibrated_on():
     assert not set(HELDOUT_MODULES) & set(CALIBRATION_MODULES)
     heldout, calibration = load_text("builtin:heldout"), load_text("builtin:calibration")
     assert all(len(text) > 5000 for text in heldout) and not set(heldout) & set(calibration)
+
+
+def test_separate_documents_are_padded_and_masked(tmp_path):
+    file = tmp_path / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in ["a b", "one two three four", "", "x = 1\ny = 2\nz = 3"]))
+    tokenizer = open_model("builtin:tiny-lm").tokenizer()
+    tokens, mask = TextSample(str(file), 8, 6, separate=True).batch(tokenizer)
+    assert tokens.shape == mask.shape and len(tokens) == 3 and tokens.shape[1] <= 6
+    texts = {tokenizer.decode(row[real]) for row, real in zip(tokens, mask, strict=True)}
+    assert "a b" in texts and bool(mask[:, :2].all()) and not bool(mask.all())
+    assert TextSample("builtin:calibration", 2, 16).batch(tokenizer)[1] is None

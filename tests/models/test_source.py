@@ -1,5 +1,6 @@
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -78,6 +79,29 @@ def test_what_is_no_model_is_named(tmp_path):
     ]:
         with pytest.raises(InputError, match=says):
             open_model(name)
+
+
+def test_a_name_on_the_hub_is_downloaded_once_and_opened(saved, monkeypatch):
+    _, path = saved
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        assert "*.safetensors" in allow_patterns
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert open_model("owner/name@v1").path == open_model("owner/name").path == path
+    assert asked == [("owner/name", "v1"), ("owner/name", None)]
+
+
+def test_a_hub_that_does_not_answer_is_said_in_a_line(monkeypatch):
+    def download(*_, **__):
+        raise ConnectionError("no route to the hub\nand a long trace")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(InputError, match=r"'owner/name' is no folder here, and the hub did not give it \(no route to the hub\)"):
+        open_model("owner/name")
 
 
 def test_a_shard_cut_short_is_named(saved):

@@ -7,18 +7,23 @@ import time
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from fewbits.core.errors import InputError, NumericsError
 from fewbits.core.method import Statistics
-from fewbits.layers.linear import CompressedLinear
+from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.methods.activations.smoothquant import Smoothquant
+from fewbits.methods.weights.awq import Awq
 from fewbits.methods.weights.gptq import Gptq
 from fewbits.methods.weights.rtn import Rtn
 from fewbits.models.adapter import Adapter
 from fewbits.models.source import open_model
+from fewbits.pipeline.fold import fold_scales
+from fewbits.pipeline.gather import SharedInputs
 from fewbits.pipeline.plan import Plan
-from fewbits.pipeline.stream import SharedInputs, StreamOptions, compress_model
+from fewbits.pipeline.stream import StreamOptions, compress_model
 from fewbits.statistics.hessian import Hessian
+from fewbits.statistics.moments import Moments
 
 WINDOWS = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(0))
 PLAN = Plan(Gptq(bits=3, group_size=16))
@@ -179,3 +184,87 @@ def test_the_compressed_layers_run_in_the_model(folder, tmp_path):
     with torch.no_grad():
         ours, theirs = model(WINDOWS).logits, dense(WINDOWS).logits
     assert 0 < float((ours - theirs).norm() / theirs.norm()) < 0.02
+
+
+def padded(length=4):
+    """The windows with some more tokens that are padding, and the mask."""
+    noise = torch.randint(64, (len(WINDOWS), length), generator=torch.Generator().manual_seed(7))
+    mask = torch.arange(WINDOWS.shape[1] + length) < WINDOWS.shape[1]
+    return torch.cat([WINDOWS, noise], dim=1), mask.expand(len(WINDOWS), -1)
+
+
+def moe():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return MixtralForCausalLM(MixtralConfig(**sizes, intermediate_size=48, num_local_experts=4, num_experts_per_tok=2)).eval()
+
+
+@pytest.mark.parametrize("made", [small_llama, moe])
+def test_padding_counts_for_nothing(made, tmp_path):
+    made().save_pretrained(tmp_path / "model")
+    source, (windows, mask) = open_model(tmp_path / "model"), padded()
+    whole = compress_model(source, PLAN, WINDOWS, tmp_path / "whole")
+    masked = compress_model(source, PLAN, windows, tmp_path / "masked", mask=mask)
+    counted = compress_model(source, PLAN, windows, tmp_path / "counted")
+    errors = [[layer["relative_error"] for layer in one.record()["layers"].values()] for one in (whole, masked, counted)]
+    tokens = [[layer["tokens"] for layer in one.record()["layers"].values()] for one in (whole, masked, counted)]
+    assert tokens[0] == tokens[1] and sum(tokens[2]) > sum(tokens[0])
+    assert errors[1] == pytest.approx(errors[0], rel=1e-2) and errors[2] != pytest.approx(errors[0], rel=1e-2)
+
+
+def test_a_mask_that_does_not_fit_is_named(folder, tmp_path):
+    with pytest.raises(InputError, match="a mask"):
+        compress_model(open_model(folder), PLAN, WINDOWS, tmp_path, mask=torch.zeros(WINDOWS.shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("method", [Awq(bits=4, group_size=16), Smoothquant()])
+def test_scales_move_into_the_norms_and_the_function_stays(folder, tmp_path, method):
+    source = open_model(folder)
+    apart, folded = (
+        compress_model(source, Plan(method), WINDOWS, tmp_path / str(fold), StreamOptions(fold=fold)) for fold in (False, True)
+    )
+    assert apart.replaced() == {} and not apart.record()["replaced"]
+    assert len(folded.replaced()) == 8  # both norms of four blocks
+    scaled = {n.rpartition(".")[2] for n, s in folded.layers() if s.weight.input_transforms}
+    assert scaled == {"o_proj", "down_proj"} and all(s.weight.input_transforms for _, s in apart.layers())
+    models = []
+    for summary in (apart, folded):
+        model = source.load()
+        for name, stored in summary.layers():
+            model.set_submodule(name, CompressedLinear(stored))
+        for name, value in summary.replaced().items():
+            model.get_parameter(name).data.copy_(value)
+        models.append(model)
+    with torch.no_grad():
+        ours, theirs = (model(WINDOWS).logits for model in models)
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.01
+    assert sum(folded.record()["bits"].values()) < sum(apart.record()["bits"].values())
+
+
+def test_a_norm_with_other_readers_keeps_its_scale():
+    """A router reads the norm as well: folding would change what it says, which the block's outputs show."""
+
+    class Routed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.gate = torch.nn.LayerNorm(16), torch.nn.Parameter(torch.randn(16))
+            self.layer = torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            inner = self.norm(x)
+            return x + self.layer(inner) * (inner @ self.gate)[..., None]
+
+    torch.manual_seed(0)
+    block, x = Routed().requires_grad_(False), torch.randn(2, 5, 16)
+    moments, hessian = Moments(16), Hessian(16)
+    for statistic in (moments, hessian):
+        statistic.update(x.flatten(0, 1) * torch.linspace(0.1, 5, 16))
+    stored = {"layer": StoredLinear(Awq(bits=4, group_size=16).compress(block.layer.weight.data, Statistics(hessian, moments)))}
+    block.layer = CompressedLinear(stored["layer"], block.layer.bias)
+    before = block(x)
+    folded, parameters = fold_scales(block, stored, [("layer",)], lambda: block(x))
+    assert folded == {} and parameters == {} and torch.equal(block(x), before)
+    block.gate.data.zero_()
+    block.gate.data[0] = 1e-9  # nobody else listens any more
+    block.forward = lambda y: y + block.layer(block.norm(y))
+    assert set(fold_scales(block, stored, [("layer",)], lambda: block(x))[1]) == {"norm.weight", "norm.bias"}

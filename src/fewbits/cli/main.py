@@ -67,16 +67,21 @@ def compress(  # noqa: PLR0913 - a command has as many options as users need
     data: Annotated[str, typer.Option(help="Calibration text: a .txt or .jsonl file, or builtin:NAME.")] = "builtin:calibration",
     samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    separate: Annotated[bool, typer.Option("--separate", help="Each document in a window of its own, padded at the right.")] = False,
+    probe: Annotated[str, typer.Option(help="Text that the result is measured on for the model card, or none.")] = "builtin:heldout",
+    fold: Annotated[bool, typer.Option(help="Move scales of a layer's input into the norm before it.")] = True,
     dtype: Annotated[str, typer.Option(help="What the model computes in: float32, bfloat16 or float16.")] = "float32",
     activations_on_disk: Annotated[bool, typer.Option("--activations-on-disk", help="Keep hidden states in a file.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of continuing a stopped run.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Compress MODEL (a local folder or builtin:NAME) and write a folder that evaluate, generate and load take."""
+    """Compress MODEL (a local folder, builtin:NAME, or owner/name on the hub) and write a folder that evaluate, generate and load take."""
     plan = _plan(method, recipe, _pairs(settings or []))
     with _Bar() as bar:
-        options = StreamOptions(dtype=_dtype(dtype), activations_on_disk=activations_on_disk, progress=bar.show)
-        record = api.compress(model, plan, output, calibration=TextSample(data, samples, seq_len), options=options, fresh=fresh)
+        options = StreamOptions(dtype=_dtype(dtype), activations_on_disk=activations_on_disk, fold=fold, progress=bar.show)
+        calibration = TextSample(data, samples, seq_len, separate=separate)
+        measured = None if probe == "none" else TextSample(probe, 16, min(seq_len, 256))
+        record = api.compress(model, plan, output, calibration=calibration, options=options, probe=measured, fresh=fresh)
     if as_json:
         print(json.dumps(record))
         return
@@ -95,10 +100,11 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Text: a .txt or .jsonl file, or builtin:NAME.")] = "builtin:heldout",
     windows: Annotated[int, typer.Option(help="Number of windows.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    streamed: Annotated[bool, typer.Option("--streamed", help="One block at a time, for models larger than memory.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure MODEL's perplexity and, with --reference, what was lost."""
-    record = api.evaluate(model, reference=reference, text=TextSample(data, windows, seq_len))
+    record = api.evaluate(model, reference=reference, text=TextSample(data, windows, seq_len), streamed=streamed)
     if as_json:
         print(json.dumps(record))
         return

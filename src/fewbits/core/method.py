@@ -114,11 +114,25 @@ class LayerMethod(Method, ABC):
 
 
 class BlockMethod(Method, ABC):
-    """Compresses the linears of one block together, against the block's own outputs."""
+    """Learns the linears of one block, or of a window of neighbouring blocks, against the dense blocks' own outputs.
+
+    A stand-in takes the place of each linear (layers/learned.py); pipeline/reconstruct.py trains and stores them.
+    """
+
+    steps: int  # optimizer steps for each window
+    window: int = 1  # blocks trained together
+    overlap: int = 0  # blocks that are trained again with their successors
+    batch_size: int = 4  # sequences a step
+    norm_rate: float = 0.0  # learning rate of the block's norms; 0 leaves them as they are
+    seed: int = 0
 
     @abstractmethod
-    def compress_block(self, block: nn.Module, linears: Mapping[str, nn.Module], inputs: Any, targets: Any) -> dict[str, CompressedTensor]:
-        """`inputs` and `targets`: sequences of batches [sequences, tokens, features]; returns every linear's compressed form."""
+    def begin(self, weight: Tensor, bias: Tensor | None, statistics: Statistics) -> nn.Module:
+        """The stand-in (a LearnedLinear) of a linear layer with `weight [out, in]` (float32)."""
+
+    def loss(self, outputs: Tensor, dense: Tensor, mixed: Tensor) -> Tensor:
+        """Of the window's `outputs`; targets are the dense window's on the dense model's inputs, and on the same inputs as here."""
+        return (outputs.float() - mixed.float()).square().mean()
 
 
 class RewriteMethod(Method, ABC):

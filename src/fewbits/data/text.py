@@ -45,10 +45,17 @@ class TextSample:
     count: int = 128
     length: int = 512
     seed: int = 0
+    separate: bool = False  # each document in a window of its own, padded at the right, instead of one text cut into windows
 
     def windows(self, tokenizer: Any) -> Tensor:
         """int64 `[at most count, length]`; raises InputError as `load_text` and `token_windows` do."""
         return token_windows(tokenizer, load_text(self.data), self.length, self.count, self.seed)
+
+    def batch(self, tokenizer: Any) -> tuple[Tensor, Tensor | None]:
+        """`windows`, and which of their tokens are text, bool of the same shape; None where all are."""
+        if not self.separate:
+            return self.windows(tokenizer), None
+        return document_windows(tokenizer, load_text(self.data), self.length, self.count, self.seed)
 
     def lines(self) -> list[str]:
         """At most `count` different lines of 20 characters or more, drawn by seed. Raises InputError where there are none."""
@@ -78,6 +85,25 @@ def token_windows(tokenizer: Any, documents: Sequence[str], length: int, count: 
     if seed is None:
         return windows[:count]
     return windows[torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def document_windows(tokenizer: Any, documents: Sequence[str], length: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """The beginnings of at most `count` documents, drawn by seed: tokens int64 `[count, length]` and which are text, bool.
+
+    The length shrinks to the longest document's. Raises InputError where no document has two tokens.
+    """
+    if length < 2 or count < 1:
+        raise InputError(f"windows of {length} tokens, {count} of them: at least 2 tokens and 1 window would be right")
+    found = [tokenizer(document, verbose=False)["input_ids"][:length] for document in documents if document.strip()]
+    found = [tokens for tokens in found if len(tokens) > 1]
+    if not found:
+        raise InputError("the text is too short: no document has two tokens")
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))[:count]
+    chosen = [torch.tensor(found[index], dtype=torch.int64) for index in order.tolist()]
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    tokens = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=padding)
+    lengths = torch.tensor([len(one) for one in chosen])
+    return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
 
 
 def _json_lines(path: Path, content: str) -> list[str]:

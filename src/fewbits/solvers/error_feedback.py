@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from scipy.linalg import lapack
 from torch import Tensor
 
 from fewbits.core.errors import InputError, NumericsError
@@ -24,7 +25,7 @@ class Factor:
     """The upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U, in float64, and what was done to get it."""
 
     upper: Tensor  # [columns, columns]
-    source: Tensor  # the Hessian as it was given
+    source: Tensor  # the Hessian as it was given, not a copy
     dead: Tensor  # bool [columns]: inputs that were never anything but zero
     damping: float  # relative damping that was used; above the asked one after a failed attempt
 
@@ -45,15 +46,28 @@ def factorize(hessian: Tensor, damping: float = 0.01) -> Factor:
     dead = hessian.diagonal() == 0
     for attempt in range(_RETRIES):
         used = damping * 10**attempt
-        # One matrix of these is large: each step lets go of the one before.
-        factor, failed = torch.linalg.cholesky_ex(_damped(hessian, dead, used))
-        if not failed:
-            factor = torch.cholesky_inverse(factor)
-            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
-        if not failed and bool(torch.isfinite(factor).all()):
+        factor = _inverse_factor(_damped(hessian, dead, used))
+        if factor is not None:
             return Factor(factor, hessian, dead, used)
         _log.warning("the Hessian could not be factored with damping %g; trying %g", used, used * 10)
     raise NumericsError(f"the Hessian could not be factored, even with damping {used:g}; are the layer's inputs meaningful?")
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor | None:
+    """U with matrix^-1 = U^T U, in the memory of the symmetric `matrix` (float64); None where there is none.
+
+    LAPACK works where the matrix lies: one of these is the largest thing in memory.
+    """
+    turned = matrix.cpu().numpy().T  # LAPACK counts by columns
+    turned, failed = lapack.dpotrf(turned, lower=0, clean=0, overwrite_a=1)
+    if not failed:
+        turned, failed = lapack.dpotri(turned, lower=0, overwrite_c=1)
+    if not failed:
+        turned, failed = lapack.dpotrf(turned, lower=0, clean=1, overwrite_a=1)
+    if failed:
+        return None
+    factor = torch.from_numpy(turned).to(matrix.device)
+    return factor if bool(torch.isfinite(factor).all()) else None
 
 
 def _damped(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:

@@ -10,35 +10,49 @@ from fewbits.statistics.checks import checked_tokens
 
 
 class Hessian(Accumulator):
-    """Sums x x^T over tokens in `total`, which is valid on and above its diagonal; `matrix` is the weighted mean times two.
+    """The weighted mean of x x^T over tokens, times two. Mergeable exactly up to the rounding of its dtype.
 
-    Mergeable exactly up to the rounding of `dtype`.
+    One matrix is all there is in memory: sums are made in its upper blocks and turned into the mean where they lie. The dtype
+    is float32, or float64 where that is asked for or the inputs are.
     """
 
     def __init__(self, features: int, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(features)
-        self.total = torch.zeros(features, features, dtype=dtype)
         self.count = 0.0
+        self._sums = torch.zeros(features, features, dtype=dtype)  # valid on and above the diagonal
+        self._scale: float | None = None  # what the sums were multiplied with, once the matrix was asked for
 
     def update(self, inputs: Tensor, weights: Tensor | None = None) -> None:
         """`inputs [tokens, features]`, each counted `weights [tokens]` times. Raises NumericsError where one is not finite."""
-        inputs = checked_tokens(inputs, self.features).to(self.total.dtype)
+        if inputs.dtype == torch.float64:
+            self._sums = self._sums.double()
+        sums = self._totals()
+        inputs = checked_tokens(inputs, self.features).to(sums.dtype)
         weighted = inputs if weights is None else inputs * weights.to(inputs.dtype)[:, None]
         # The matrix is symmetric: only blocks on and above its diagonal are computed.
         step = max(128, -(-self.features // 8))
         for start in range(0, self.features, step):
             end = start + step
-            self.total[start:end, start:].addmm_(weighted[:, start:end].T, inputs[:, start:])
+            sums[start:end, start:].addmm_(weighted[:, start:end].T, inputs[:, start:])
         self.count += len(inputs) if weights is None else float(weights.sum())
 
     def merge(self, other: Self) -> None:
-        self.total += other.total
+        self._totals().add_(other._totals())
         self.count += other.count
 
     @property
     def matrix(self) -> Tensor:
-        """`[features, features]`, positive semi-definite; zero before any token was seen."""
-        matrix = self.total * (2.0 / max(self.count, 1.0))
-        for row in range(1, self.features):
-            matrix[row, :row] = matrix[:row, row]
-        return matrix
+        """`[features, features]`, positive semi-definite; zero before any token was seen. Belongs to this object: copy before changing."""
+        scale = 2.0 / max(self.count, 1.0)
+        if self._scale != scale:
+            self._totals().mul_(scale)
+            self._scale = scale
+            for row in range(1, self.features):
+                self._sums[row, :row] = self._sums[:row, row]
+        return self._sums
+
+    def _totals(self) -> Tensor:
+        if self._scale is not None:
+            self._sums.div_(self._scale)
+            self._scale = None
+        return self._sums

@@ -3,6 +3,7 @@ import torch
 
 from fewbits.core.errors import InputError
 from fewbits.core.method import Statistics
+from fewbits.core.tensor import from_stored
 from fewbits.layers.activation import TokenQuantizer
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.methods.activations.smoothquant import Smoothquant
@@ -39,6 +40,17 @@ def test_w8a8_loses_a_tenth_of_what_plain_rounding_loses(granularity):
         StoredLinear(Rtn(bits=8, group_size=None, symmetric=True).compress(weight, statistics), TokenQuantizer(8, granularity))
     )
     assert error(smooth, weight, heldout) < 0.1 * error(plain, weight, heldout)
+
+
+def test_a_static_scale_is_found_once_and_costs_a_little():
+    weight, statistics, heldout = layer()
+    static, dynamic = (made(Smoothquant(granularity=kind), weight, statistics) for kind in ("static", "tensor"))
+    quantizer = static.stored.activation
+    scale = static.stored.weight.input_transforms[0].scale.float()
+    assert float(quantizer.scale) == pytest.approx(float((statistics[Ranges].largest_magnitude * scale).max()) / 127, rel=1e-6)
+    assert error(static, weight, heldout) < 1.5 * error(dynamic, weight, heldout)
+    assert error(static, weight, 10 * heldout) > 5 * error(dynamic, weight, 10 * heldout)  # larger than calibration saw: cut off
+    assert torch.equal(from_stored(quantizer.settings(), quantizer.tensors()).apply(heldout), quantizer.apply(heldout))
 
 
 def test_half_strength_beats_both_ends():

@@ -60,7 +60,7 @@ def test_magnitudes_of_other_channels_hurt():
     rolled = Statistics(Hessian(128), Moments(128))
     rolled[Moments].sums, rolled[Moments].count = statistics[Moments].sums.roll(40, dims=1), statistics[Moments].count
     rolled[Hessian].count = statistics[Hessian].count
-    rolled[Hessian].total = statistics[Hessian].total.roll((40, 40), dims=(0, 1))
+    rolled[Hessian].matrix.copy_(statistics[Hessian].matrix.roll((40, 40), dims=(0, 1)))
     good, bad = (Awq(bits=3, group_size=32).compress(weight, s) for s in (statistics, rolled))
     assert output_error(weight, good, heldout) < 0.8 * output_error(weight, bad, heldout)
 

@@ -62,14 +62,14 @@ def test_lazy_blocks_change_nothing(variant, block_size):
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_uncorrelated_inputs_give_round_to_nearest_bit_for_bit(group_size):
     weight, statistics, _ = layer()
-    statistics[Hessian].total.copy_(torch.diag(statistics[Hessian].total.diagonal()))
+    statistics[Hessian].matrix.copy_(torch.diag(statistics[Hessian].matrix.diagonal()))
     ours = Gptq(bits=3, group_size=group_size).compress(weight, statistics)
     assert torch.equal(ours.decode(), Rtn(bits=3, group_size=group_size).compress(weight, statistics).decode())
 
 
 def test_activation_order_with_equal_diagonals_changes_nothing():
     weight, statistics, _ = layer()
-    total = statistics[Hessian].total
+    total = statistics[Hessian].matrix
     scale = total.diagonal().rsqrt()
     total.copy_(total * scale[:, None] * scale[None, :]).fill_diagonal_(1.0)
     for static in (False, True):
@@ -95,7 +95,7 @@ def test_fewer_tokens_than_columns_still_work():
 
 def test_dead_inputs_are_rounded_to_zero_and_stay_quiet(caplog):
     weight, statistics, _ = layer()
-    statistics[Hessian].total[7], statistics[Hessian].total[:, 7] = 0, 0
+    statistics[Hessian].matrix[7], statistics[Hessian].matrix[:, 7] = 0, 0
     with caplog.at_level(logging.WARNING):
         assert bool((Gptq(bits=4).compress(weight, statistics).decode()[:, 7] == 0).all())
     assert not caplog.text

@@ -1,0 +1,59 @@
+"""What is checked of a block's linears before they are compressed, and what is said of each afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.core.errors import NumericsError
+from fewbits.core.method import Accumulator, Statistics
+from fewbits.layers.linear import StoredLinear
+from fewbits.models.adapter import Adapter, weight_matrix
+from fewbits.pipeline.feed import Progress
+from fewbits.pipeline.plan import Plan
+
+
+def checked_linears(adapter: Adapter, block: str, plan: Plan) -> dict[str, nn.Module]:
+    """The linears of a loaded block that the plan compresses. Raises NumericsError where a weight is not finite."""
+    linears = {name: linear for name, linear in adapter.linears(block).items() if plan.keeps(name) is None}
+    for layer, linear in linears.items():
+        if not bool(torch.isfinite(weight_matrix(linear)).all()):
+            raise NumericsError(f"{layer}: the weight is not finite; the model file is broken")
+    return linears
+
+
+def layer_entry(name: str, weight: Tensor, stored: StoredLinear, moment: Tensor | None, tokens: int) -> dict[str, Any]:
+    """JSON-able: weights, bits, relative error. Raises NumericsError where the compressed weight is not finite.
+
+    The error is squared output error over squared output where a second moment was gathered, else the same of the weight.
+    """
+    difference = weight - stored.weight.decode()
+    if not bool(torch.isfinite(difference).all()):
+        raise NumericsError(f"{name}: the compressed weight is not finite")
+    lost, whole = (_energy(matrix, moment) for matrix in (difference, weight))
+    return {"weights": weight.numel(), "bits": stored.bits(), "relative_error": lost / max(whole, 1e-30), "tokens": tokens}
+
+
+def second_moment(statistics: Statistics) -> Tensor | None:
+    """float32 `[in, in]`, up to a factor, where an accumulator gathered it."""
+    found = (matrix for accumulator in statistics if (matrix := _matrix(accumulator)) is not None)
+    return next(found, None)
+
+
+def report(progress: Progress | None, index: int, blocks: int, entries: Mapping[str, Any], seconds_a_block: float) -> None:
+    """Tell the progress bar of a finished block."""
+    if progress is not None:
+        for layer, entry in entries.items():
+            progress(index, blocks, layer, entry["relative_error"], seconds_a_block * (blocks - index - 1))
+
+
+def _energy(matrix: Tensor, moment: Tensor | None) -> float:
+    return float(matrix.square().sum() if moment is None else ((matrix @ moment) * matrix).sum())
+
+
+def _matrix(accumulator: Accumulator) -> Tensor | None:
+    matrix = getattr(accumulator, "matrix", None)
+    return matrix.float() if isinstance(matrix, Tensor) else None

@@ -1,0 +1,114 @@
+"""What runs through a model's blocks: hidden states in batches, the blocks' other arguments, and where states are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.core.errors import InputError, NumericsError
+from fewbits.models.adapter import Adapter
+from fewbits.models.experts import mark_padding
+from fewbits.models.source import ModelSource
+from fewbits.pipeline.capture import BlockCall, Capture
+from fewbits.pipeline.store import Store
+
+Progress = Callable[[int, int, str, float, float], None]  # block, blocks, what was done, its error, seconds left
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """How a run goes; only `inputs`, `dtype` and `fold` change its result."""
+
+    inputs: Literal["propagated", "original"] = "propagated"  # what a block's statistics see: compressed or dense predecessors
+    dtype: torch.dtype = torch.float32
+    batch_size: int = 8
+    activations_on_disk: bool = False
+    fold: bool = True  # move scales of the input into the norm before it, where there is one
+    progress: Progress | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.inputs not in ("propagated", "original"):
+            raise InputError(f"inputs={self.inputs!r} is not known; 'propagated' or 'original' would be right")
+
+
+class Feed:
+    """Token `windows [count, length]` on their way through the blocks of a model's shell.
+
+    `mask` says which tokens are real, bool of the same shape; padding belongs at the right. None: all of them.
+    """
+
+    def __init__(self, source: ModelSource, shell: nn.Module, windows: Tensor, mask: Tensor | None, options: StreamOptions) -> None:
+        self.source, self.shell, self.options = source, shell, options
+        self.blocks = Adapter(shell).blocks
+        if mask is not None and (mask.shape != windows.shape or not bool(mask.any(1).all())):
+            raise InputError(f"a mask {list(mask.shape)} does not fit windows {list(windows.shape)} with a real token in each")
+        self.windows, self.mask = windows, None if mask is None else mask.bool()
+        self.shape = (*windows.shape, source.config.get_text_config().hidden_size)
+        self.calls: dict[str, list[BlockCall]] = {name: [] for name in self.blocks}
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Tokens and their mask."""
+        size = self.options.batch_size
+        masks = [None] * -(-len(self.windows) // size) if self.mask is None else self.mask.split(size)
+        yield from zip(self.windows.split(size), masks, strict=True)
+
+    def first_inputs(self) -> Iterator[Tensor]:
+        """Hidden states entering the first block; what every block is called with is remembered on the way."""
+        capture = Capture(self.shell, self.source, self.blocks, self.options.dtype)
+        for tokens, mask in self.batches():
+            hidden, called = capture.run(tokens, None if mask is None else mask.long())
+            for name, call in called.items():
+                self.calls[name].append(call)
+            yield hidden
+        capture.close()
+
+    def forward(self, names: Sequence[str], hidden: Tensor) -> Iterator[Tensor]:
+        """Batches of the outputs of the neighbouring blocks `names`, for the first one's inputs."""
+        for number, batch in enumerate(hidden.split(self.options.batch_size)):
+            yield self.run(names, batch, number)
+
+    def run(self, names: Sequence[str], batch: Tensor, number: int) -> Tensor:
+        """The outputs for batch `number`, or for any part of it where its sequences share their arguments."""
+        mask = self.batch_mask(number)
+        for name in names:
+            block = self.shell.get_submodule(name)
+            mark_padding(block, mask)
+            batch = self.calls[name][number].run(block, batch)
+        return batch
+
+    def batch_mask(self, number: int) -> Tensor | None:
+        size = self.options.batch_size
+        return None if self.mask is None else self.mask[number * size : (number + 1) * size]
+
+    def keep(self, store: Store, block: int, batches: Iterable[Tensor], stream: str = "") -> Tensor:
+        """The inputs of `block`: a tensor in memory, or a memory-mapped file that no more than a batch of was in memory."""
+        if self.options.activations_on_disk:
+            store.write_activations(block, batches, stream)
+            return self.kept(store, block, stream)
+        hidden = torch.empty(self.shape, dtype=self.options.dtype)
+        start = 0
+        for batch in batches:
+            hidden[start : start + len(batch)] = batch
+            start += len(batch)
+        if block:  # the first block's inputs are made again by every run
+            store.write_activations(block, [hidden], stream)
+        return hidden
+
+    def kept(self, store: Store, block: int, stream: str = "") -> Tensor:
+        """What `keep` left. Raises InputError where it is gone."""
+        hidden = store.activations(block, self.shape, self.options.dtype, self.options.activations_on_disk, stream)
+        if hidden is None:
+            raise InputError(f"{store.folder} has lost the inputs of block {block}; start again with --fresh")
+        return hidden
+
+
+def finite(name: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same batches. Raises NumericsError with the block's name where one is not finite."""
+    for batch in batches:
+        if not bool(torch.isfinite(batch).all()):
+            raise NumericsError(f"{name}: the block's outputs are not finite after compression")
+        yield batch

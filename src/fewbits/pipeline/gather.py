@@ -1,0 +1,109 @@
+"""Which linears of a block read the very same tensor, and what is gathered about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.core.errors import InputError
+from fewbits.core.method import Accumulator, Statistics
+from fewbits.models.adapter import weight_matrix
+from fewbits.pipeline.feed import Feed
+
+
+class SharedInputs:
+    """Hooks on `linears` that find those which read the very same tensor, and gather one `Statistics` for each such group.
+
+    `mask` says which tokens of the coming batch are real, bool `[sequences, tokens]`; None: all of them.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Module], needs: Sequence[type[Accumulator]]) -> None:
+        self.linears, self.needs = linears, needs
+        self.mask: Tensor | None = None
+        # Inputs of the first batch are held, so that no later tensor can take the place of an earlier one in memory.
+        self._held: dict[Any, Tensor] = {}
+        self._names: dict[Any, list[str]] = {}
+        self._statistics: dict[str, Statistics] = {}
+        self._hooks = [linear.register_forward_pre_hook(self._first(name)) for name, linear in linears.items()]
+
+    def settle(self) -> None:
+        """After the first batch the groups are known: from now on a group's first reader alone is listened to.
+
+        Linears that were not called, as experts that no token was sent to, become groups of their own.
+        """
+        called = {name for names in self._names.values() for name in names}
+        self._names |= {name: [name] for name in self.linears if name not in called}
+        self._held.clear()
+        self._remove_hooks()
+        for names in self._names.values():
+            self._statistics.setdefault(names[0], self._empty(names[0]))
+            self._hooks.append(self.linears[names[0]].register_forward_pre_hook(self._listen(names[0])))
+
+    def close(self) -> dict[tuple[str, ...], Statistics]:
+        """Groups of names, in the order of their first call, with what was gathered."""
+        self._remove_hooks()
+        return {tuple(names): self._statistics[names[0]] for names in self._names.values()}
+
+    def _first(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            key = (inputs[0].data_ptr(), inputs[0].shape, inputs[0].stride())
+            if key not in self._held:
+                self._held[key], self._names[key] = inputs[0], []
+                self._statistics[name] = self._empty(name)
+                self._add(name, inputs[0])
+            self._names[key].append(name)
+
+        return hook
+
+    def _listen(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: self._add(name, inputs[0])
+
+    def _add(self, name: str, inputs: Tensor) -> None:
+        tokens, weights = inputs.flatten(0, -2), None
+        if self.mask is not None and len(tokens) == self.mask.numel():
+            weights = self.mask.flatten().float()
+        elif self.mask is not None and ".experts." not in name and not bool(self.mask.all()):
+            # Experts get real tokens alone (SeparateExperts leaves the padding out); who else gathers tokens is not known.
+            raise InputError(
+                f"{name} reads {len(tokens)} of {self.mask.numel()} tokens; calibration windows without padding would be right"
+            )
+        statistics = self._statistics[name]
+        statistics.tokens += len(tokens) if weights is None else int(weights.sum())
+        for accumulator in statistics:
+            accumulator.update(tokens, weights)
+
+    def _empty(self, name: str) -> Statistics:
+        return Statistics(*(need(weight_matrix(self.linears[name]).shape[1]) for need in self.needs))
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def assume_nothing(statistics: Statistics) -> None:
+    """What is said of a layer that saw no token: its inputs are all alike and uncorrelated. The record counts it."""
+    for accumulator in statistics:
+        accumulator.update(torch.eye(accumulator.features))
+
+
+def gather_inputs(
+    feed: Feed, blocks: Sequence[str], linears: Mapping[str, nn.Module], needs: Iterable[type[Accumulator]], hidden: Tensor, keep: bool
+) -> tuple[list[Tensor], dict[tuple[str, ...], Statistics]]:
+    """Runs neighbouring `blocks` once on `hidden`: their outputs where they are to be kept, and statistics of every group of `linears`.
+
+    The first batch shows which linears read one tensor; each group's statistics are taken once, when its first reader is called.
+    """
+    groups = SharedInputs(linears, sorted(set(needs), key=lambda need: need.__name__))
+    outputs = []
+    for number, batch in enumerate(hidden.split(feed.options.batch_size)):
+        groups.mask = feed.batch_mask(number)
+        output = feed.run(blocks, batch, number)
+        if number == 0:
+            groups.settle()
+        if keep:
+            outputs.append(output)
+    return outputs, groups.close()

@@ -1,0 +1,5 @@
+"""Placeholder until the shared loop lands."""
+
+
+def train(*a, **k):
+    raise NotImplementedError
