@@ -32,9 +32,11 @@ def peak() -> int:
 def measure(folder: str) -> None:
     """Runs in the process of its own: what importing and a first tiny run take, then what compressing takes."""
     with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as work:
-        config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+        config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
         LlamaForCausalLM(config).save_pretrained(small)
-        compress_model(open_model(small), Plan(Gptq(bits=4)), torch.randint(64, (2, 8)), Path(work))
+        compress_model(
+            open_model(small), Plan(Gptq(bits=4)), torch.randint(64, (2, 8)), Path(work), StreamOptions(activations_on_disk=True)
+        )
     libraries = peak()
     with tempfile.TemporaryDirectory() as work:
         windows = torch.randint(1000, TOKENS, generator=torch.Generator().manual_seed(0))

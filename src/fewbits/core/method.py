@@ -136,10 +136,15 @@ class BlockMethod(Method, ABC):
 
 
 class RewriteMethod(Method, ABC):
-    """Changes a model's weights and keeps its function; outputs equal before and after is a shared test."""
+    """Changes a model in place, without data.
+
+    Its docstring says what is changed: either the function is kept, and outputs are equal before and after, or layers are
+    replaced by compressed ones, whose stored bits are counted (`layers.linear.stored_bits`).
+    """
 
     @abstractmethod
-    def rewrite(self, model: nn.Module) -> None: ...
+    def rewrite(self, model: nn.Module) -> None:
+        """Raises InputError where nothing in `model` can be changed, and leaves it as it was."""
 
 
 class TrainingMethod(Method, ABC):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 
-_CHUNK = 2**22  # bits that are spread out, one a byte, at a time
+_CHUNK = 2**19  # bits that are spread out, up to eight bytes each, at a time
 
 
 def packed_width(columns: int, bits: int) -> int:

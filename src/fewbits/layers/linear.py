@@ -1,10 +1,11 @@
-"""A linear layer whose weight is a compressed tensor."""
+"""Layers whose weight is a compressed tensor: what they share, and the linear one."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fewbits.core.tensor import CompressedTensor, Part, from_stored
 
 _SEPARATOR = "__"  # buffer names may not contain dots
+Stored = TypeVar("Stored", bound=Part)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,16 +24,15 @@ class StoredLinear(Part, kind="linear"):
     activation: Part | None = None
 
 
-class CompressedLinear(nn.Module):
-    """y = W x + b, with rounded activations if so stored.
+class CompressedLayer(nn.Module, ABC, Generic[Stored]):
+    """A layer that computes with what is `stored`, a part with a field `weight`.
 
     The stored tensors are buffers, which keep their dtypes whatever dtype the model is cast to.
     """
 
-    def __init__(self, stored: StoredLinear, bias: Tensor | None = None) -> None:
+    def __init__(self, stored: Stored, bias: Tensor | None = None) -> None:
         super().__init__()
         self.settings = stored.settings()
-        self.out_features, self.in_features = stored.weight.shape
         for name, tensor in stored.tensors().items():
             self.register_buffer(_SEPARATOR.join(name.split(".")), tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -41,32 +42,23 @@ class CompressedLinear(nn.Module):
     def empty(cls, settings: Mapping[str, Any], bias: Tensor | None = None) -> Self:
         """The layer that `settings` describe with tensors on the meta device, to be filled from a file."""
         tensors = {name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for name, dtype, shape in _described(settings)}
-        return cls(cast(StoredLinear, from_stored(settings, tensors)), bias)
+        return cls(cast(Stored, from_stored(settings, tensors)), bias)
 
     @property
-    def stored(self) -> StoredLinear:
+    def stored(self) -> Stored:
         """The value that the buffers hold now; made anew only after a buffer was replaced."""
         buffers = dict(self.named_buffers(recurse=False))
         if any(self._seen.get(name) is not tensor for name, tensor in buffers.items()):
             tensors = {".".join(name.split(_SEPARATOR)): tensor for name, tensor in buffers.items()}
-            self._remember(cast(StoredLinear, from_stored(self.settings, tensors)))
+            self._remember(cast(Stored, from_stored(self.settings, tensors)))
         return self._stored[0]
 
     @property
+    @abstractmethod
     def weight(self) -> Tensor:
-        """The dense matrix [out, in], decoded anew: for looking at, not for computing with."""
-        return self.stored.weight.decode()
+        """The dense weight, decoded anew: for looking at, not for computing with."""
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        stored = self.stored
-        quantize = None if stored.activation is None else cast(Any, stored.activation).apply
-        outputs = stored.weight.matmul(inputs, quantize)
-        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, {self.stored.weight.bits_per_weight():.3f} bits per weight"
-
-    def _remember(self, stored: StoredLinear) -> None:
+    def _remember(self, stored: Stored) -> None:
         self._seen = dict(self.named_buffers(recurse=False))
         self._stored = (stored,)  # in a tuple: what it holds are the buffers themselves
 
@@ -83,6 +75,35 @@ class CompressedLinear(nn.Module):
         if bias is not None:
             self.bias = nn.Parameter(function(bias.data), requires_grad=False)
         return self
+
+
+class CompressedLinear(CompressedLayer[StoredLinear]):
+    """y = W x + b, with rounded activations if so stored."""
+
+    def __init__(self, stored: StoredLinear, bias: Tensor | None = None) -> None:
+        super().__init__(stored, bias)
+        self.out_features, self.in_features = stored.weight.shape
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix [out, in], decoded anew: for looking at, not for computing with."""
+        return self.stored.weight.decode()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        stored = self.stored
+        quantize = None if stored.activation is None else cast(Any, stored.activation).apply
+        outputs = stored.weight.matmul(inputs, quantize)
+        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}, {self.stored.weight.bits_per_weight():.3f} bits per weight"
+
+
+def stored_bits(model: nn.Module) -> int:
+    """Bits of all compressed layers of `model`, counted from what they hold: codes, scales and biases."""
+    layers = [module for module in model.modules() if isinstance(module, CompressedLayer)]
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    return sum(sum(layer.stored.bits().values()) for layer in layers) + sum(8 * bias.nbytes for bias in biases)
 
 
 def _described(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str, list[int]]]:

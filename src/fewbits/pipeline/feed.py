@@ -25,7 +25,7 @@ class StreamOptions:
 
     inputs: Literal["propagated", "original"] = "propagated"  # what a block's statistics see: compressed or dense predecessors
     dtype: torch.dtype = torch.float32
-    batch_size: int = 8
+    batch_size: int = 4  # sequences that run through a block together
     activations_on_disk: bool = False
     fold: bool = True  # move scales of the input into the norm before it, where there is one
     progress: Progress | None = field(default=None, compare=False)

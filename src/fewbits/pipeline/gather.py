@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,8 @@ class SharedInputs:
     def __init__(self, linears: Mapping[str, nn.Module], needs: Sequence[type[Accumulator]]) -> None:
         self.linears, self.needs = linears, needs
         self.mask: Tensor | None = None
-        # Inputs of the first batch are held, so that no later tensor can take the place of an earlier one in memory.
-        self._held: dict[Any, Tensor] = {}
-        self._names: dict[Any, list[str]] = {}
+        # One tensor is told from a later one at the same place in memory by being alive still.
+        self._seen: list[tuple[weakref.ref[Tensor], list[str]]] = []
         self._statistics: dict[str, Statistics] = {}
         self._hooks = [linear.register_forward_pre_hook(self._first(name)) for name, linear in linears.items()]
 
@@ -34,27 +33,31 @@ class SharedInputs:
 
         Linears that were not called, as experts that no token was sent to, become groups of their own.
         """
-        called = {name for names in self._names.values() for name in names}
-        self._names |= {name: [name] for name in self.linears if name not in called}
-        self._held.clear()
+        called = {name for names in self._groups() for name in names}
+        self._seen += [(weakref.ref(torch.empty(0)), [name]) for name in self.linears if name not in called]
         self._remove_hooks()
-        for names in self._names.values():
+        for names in self._groups():
             self._statistics.setdefault(names[0], self._empty(names[0]))
             self._hooks.append(self.linears[names[0]].register_forward_pre_hook(self._listen(names[0])))
 
     def close(self) -> dict[tuple[str, ...], Statistics]:
         """Groups of names, in the order of their first call, with what was gathered."""
         self._remove_hooks()
-        return {tuple(names): self._statistics[names[0]] for names in self._names.values()}
+        return {tuple(names): self._statistics[names[0]] for names in self._groups()}
+
+    def _groups(self) -> list[list[str]]:
+        return [names for _, names in self._seen]
 
     def _first(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            key = (inputs[0].data_ptr(), inputs[0].shape, inputs[0].stride())
-            if key not in self._held:
-                self._held[key], self._names[key] = inputs[0], []
-                self._statistics[name] = self._empty(name)
-                self._add(name, inputs[0])
-            self._names[key].append(name)
+            for seen, names in self._seen:
+                alive = seen()
+                if alive is not None and _same(alive, inputs[0]):
+                    names.append(name)
+                    return
+            self._seen.append((weakref.ref(inputs[0]), [name]))
+            self._statistics[name] = self._empty(name)
+            self._add(name, inputs[0])
 
         return hook
 
@@ -82,6 +85,10 @@ class SharedInputs:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return (first.data_ptr(), first.shape, first.stride()) == (second.data_ptr(), second.shape, second.stride())
 
 
 def assume_nothing(statistics: Statistics) -> None:

@@ -23,6 +23,7 @@ from fewbits.pipeline.feed import Feed, StreamOptions, finite
 from fewbits.pipeline.fold import fold_scales
 from fewbits.pipeline.gather import assume_nothing, gather_inputs
 from fewbits.pipeline.gradients import gather_sensitivities
+from fewbits.pipeline.memory import return_freed_memory
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.reconstruct import reconstruct_blocks
 from fewbits.pipeline.store import Store
@@ -157,6 +158,7 @@ class _Run:
     def _compress_block(self, index: int, hidden: Tensor, began: float, done: int) -> Tensor:
         name = self.feed.blocks[index]
         self.source.load_module(self.shell, name, self.options.dtype)
+        return_freed_memory()
         linears = checked_linears(self.adapter, name, self.plan)
         dense, groups, stored, entries = self._solve(name, linears, hidden)
         replaced: dict[str, Tensor] = {}
@@ -201,6 +203,7 @@ class _Run:
         groups, stored, entries = list(gathered), {}, {}
         for group in groups:
             statistics = gathered.pop(group)  # a group's statistics go as soon as it is solved
+            return_freed_memory()
             if not statistics.tokens:
                 assume_nothing(statistics)
             moment = second_moment(statistics)

@@ -5,6 +5,7 @@ Source: arXiv 2210.17323, algorithm 1; notation as there: W rows are outputs, E 
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +23,7 @@ _RETRIES = 4
 
 @dataclass(frozen=True)
 class Factor:
-    """The upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U, in float64, and what was done to get it."""
+    """The upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U, and what was done to get it."""
 
     upper: Tensor  # [columns, columns]
     source: Tensor  # the Hessian as it was given, not a copy
@@ -35,20 +36,20 @@ class Factor:
         return _damped(self.source, self.dead, self.damping)
 
 
-def factorize(hessian: Tensor, damping: float = 0.01) -> Factor:
+def factorize(hessian: Tensor, damping: float = 0.01, dtype: torch.dtype = torch.float64) -> Factor:
     """Factor `hessian [columns, columns]` once for all the matrices that read the same input.
 
-    Adds damping * mean(diagonal); a failed factorization is tried again with ten times the damping, which is logged.
-    Raises NumericsError where the matrix is not finite or no damping helped.
+    It is computed in float64 and kept in `dtype`. Adds damping * mean(diagonal); a failed factorization is tried again with
+    ten times the damping, which is logged. Raises NumericsError where the matrix is not finite or no damping helped.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not _is_finite(hessian):
         raise NumericsError("the Hessian is not finite; the layer's inputs overflowed")
     dead = hessian.diagonal() == 0
     for attempt in range(_RETRIES):
         used = damping * 10**attempt
         factor = _inverse_factor(_damped(hessian, dead, used))
         if factor is not None:
-            return Factor(factor, hessian, dead, used)
+            return Factor(factor.to(dtype), hessian, dead, used)
         _log.warning("the Hessian could not be factored with damping %g; trying %g", used, used * 10)
     raise NumericsError(f"the Hessian could not be factored, even with damping {used:g}; are the layer's inputs meaningful?")
 
@@ -67,7 +68,12 @@ def _inverse_factor(matrix: Tensor) -> Tensor | None:
     if failed:
         return None
     factor = torch.from_numpy(turned).to(matrix.device)
-    return factor if bool(torch.isfinite(factor).all()) else None
+    return factor if _is_finite(factor) else None
+
+
+def _is_finite(matrix: Tensor) -> bool:
+    """Without a second matrix in memory: a sum with one bad term is bad."""
+    return math.isfinite(float(matrix.sum(dtype=torch.float64)))
 
 
 def _damped(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:

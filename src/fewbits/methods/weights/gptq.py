@@ -56,14 +56,15 @@ class Gptq(LayerMethod):
         if self.activation_order:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
             hessian = hessian[order][:, order]
-        factor = factorize(hessian, self.damping)
+        factor = factorize(hessian, self.damping, dtype=torch.float32)
         return {name: self._solve(weight, factor, order) for name, weight in weights.items()}
 
     def _solve(self, weight: Tensor, factor: Factor, order: Tensor) -> CompressedTensor:
         rows, columns = weight.shape
         size = min(self.group_size or columns, columns)
-        weight = weight.clone()
-        weight[:, order[factor.dead]] = 0
+        if bool(factor.dead.any()):
+            weight = weight.clone()
+            weight[:, order[factor.dead]] = 0
         dynamic = size < columns and not self.static_groups
         grid = _Grid(self, weight, torch.arange(columns) if dynamic else order, size)
         error_feedback(weight[:, order], factor, grid, block_size=self.block_size, fresh_every=size)

@@ -1,0 +1,233 @@
+"""UDFC: channels removed or rounded are replaced by combinations of those that are left, absorbed into the next layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from fewbits.core.checks import check_range
+from fewbits.core.errors import InputError, NumericsError
+from fewbits.core.method import Paper, RewriteMethod
+from fewbits.core.tensor import CompressedTensor
+from fewbits.formats.ranges import fit_uniform
+from fewbits.formats.uniform import Uniform
+from fewbits.layers.conv import CompressedConv2d, StoredConv2d
+from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.models.adapter import weight_matrix
+from fewbits.models.batchnorm import fold
+from fewbits.models.channels import Channels, find_channels
+from fewbits.solvers.ridge import ridge
+
+_REPAIRS = ("none", "merging", "pruned", "scalar", "full")
+_CRITERIA = ("l2", "l1", "median")
+_LEAST_SCALE = 2.0**-24  # of fp16: a filter that is smaller yet is stored as zeros
+
+
+@dataclass(frozen=True)
+class Udfc(RewriteMethod):
+    """Prunes inner channels and rounds what is left, and mends the next layer by ridge regression between filters; no data.
+
+    A channel is its filter w with the batch normalization folded in and its bias b. What the removed channel j did is
+    approximated by kept ones, s_j = argmin ||w_j - sum s_ij w^_i||^2 + a1 (b_j - sum s_ij b_i)^2 + a2 ||s_j||^2, which the
+    layers that read them absorb before they are rounded themselves; front to back. Gate and up of a gated MLP make one
+    channel, and inner products of channels are products of both layers' inner products.
+
+    `share` of the inner channels is removed, those with the smallest norm (`criterion`; "median": nearest to all others).
+    `bits` None keeps the weights dense. `repair`: "none"; "merging", each removed channel to the one most alike; "pruned",
+    the regression for removed channels; "scalar", also one factor for each rounded channel; "full", also the regression of
+    its rounding error on all kept ones. a1 = `bias_weight` / mean square of inputs as the batch normalization saw it, that
+    is the mean diagonal of K K^T over the channels' mean variance (1 without one), a2 = `penalty` * mean diag(K K^T).
+
+    Stored: smaller convolutions and linear layers, one symmetric uniform term with an fp16 scale a row, biases in fp16; no
+    masks or indices. With convolutions all layers are rounded, else MLPs alone. Depthwise convolutions are not pruned, and
+    mended by the scalar. Raises InputError for values out of range and for a model in which no layer was found.
+    """
+
+    share: float = 0.3
+    bits: int | None = 6
+    bias_weight: float = 1.0
+    penalty: float = 1.0
+    criterion: Literal["l2", "l1", "median"] = "l2"
+    repair: Literal["none", "merging", "pruned", "scalar", "full"] = "full"
+    search: str = "minmax"
+
+    paper: ClassVar[Paper] = Paper("Unified Data-Free Compression: Pruning and Quantization without Fine-Tuning", "2308.07209", 2023)
+    baseline: ClassVar[str | None] = "rtn"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise InputError(f"share={self.share} is out of range; 0 to less than 1 would be right")
+        if self.bits is not None:
+            check_range("bits", self.bits, 2, 8)
+        for name, value, known in (("criterion", self.criterion, _CRITERIA), ("repair", self.repair, _REPAIRS)):
+            if value not in known:
+                raise InputError(f"{name}={value!r} is not known; {', '.join(map(repr, known))} are")
+        if self.bias_weight < 0 or self.penalty < 0:
+            raise InputError(f"bias_weight={self.bias_weight} or penalty={self.penalty} is out of range; 0 or more would be right")
+
+    @torch.no_grad()
+    def rewrite(self, model: nn.Module) -> None:
+        """Replaces the layers of `model` by smaller compressed ones (dense ones for `bits` None); folds batch normalizations."""
+        channels = find_channels(model)
+        if not channels.layers:
+            raise InputError(f"{type(model).__name__} has no convolution, and no MLP that could be followed")
+        layers = self._compressed(model, channels)
+        for layer in channels.layers:
+            model.set_submodule(layer.name, layers[layer.name].compressed())
+            if layer.norm is not None:
+                model.set_submodule(layer.norm, nn.Identity())
+
+    def _compressed(self, model: nn.Module, channels: Channels) -> dict[str, _Layer]:
+        layers = {}
+        for one in channels.layers:
+            layers[one.name] = _Layer(model.get_submodule(one.name), model.get_submodule(one.norm) if one.norm else None)
+        order = list(layers)
+        complete = {max(link.producers, key=order.index): link for link in channels.links}
+        waiting = {name for link in channels.links for name in link.producers}
+        for name, layer in layers.items():
+            if name in complete:  # the last of its producers: all that they read is final by now
+                link = complete[name]
+                mixing = self._prune([layers[one] for one in link.producers], link.one_to_one)
+                for reader in link.consumers:
+                    layers[reader].absorb(mixing)
+            elif name not in waiting:
+                layer.round(self.bits, self.search)
+        return layers
+
+    def _prune(self, makers: list[_Layer], one_to_one: bool) -> Tensor:
+        """Cuts and rounds the layers that make a link's channels; the factors `[kept, all]` that its readers absorb."""
+        count = len(makers[0].weight)
+        removed = 0 if one_to_one else min(round(self.share * count), count - 1)
+        kept = _importance([layer.weight.flatten(1) for layer in makers], self.criterion).argsort(stable=True)[removed:].sort().values
+        bias_weights = [self.bias_weight * layer.input_precision() for layer in makers]
+        original = [layer.features(a1) for layer, a1 in zip(makers, bias_weights, strict=True)]
+        for layer in makers:
+            layer.keep(kept)
+            layer.round(self.bits, self.search)
+        identity = torch.eye(count, dtype=torch.float64, device=kept.device)[kept]
+        if self.repair == "none" or (not removed and self.bits is None):
+            return identity
+        made = [layer.features(a1) for layer, a1 in zip(makers, bias_weights, strict=True)]
+        gram, cross = _inner(made, made), _inner(made, original)
+        if self.repair == "merging":
+            return _merged(identity, gram, cross, _inner(original, original).diagonal())
+        return self._solved(identity, gram, cross, one_to_one)
+
+    def _solved(self, identity: Tensor, gram: Tensor, cross: Tensor, one_to_one: bool) -> Tensor:
+        """The paper's closed form; `gram [kept, kept]` and `cross [kept, all]` hold inner products with what was made of the kept."""
+        kept = identity.bool().any(0)
+        penalty = float(self.penalty * gram.diagonal().mean())
+        scalar = (cross[:, kept].diagonal() + penalty) / (gram.diagonal() + penalty).clamp(min=torch.finfo(gram.dtype).tiny)
+        if one_to_one:
+            return identity if self.repair == "pruned" else identity * scalar[:, None]
+        damage = cross.clone()
+        damage[:, kept] -= gram  # of the kept channels, what rounding took away
+        if self.repair != "full":
+            damage[:, kept] = 0
+            identity = identity if self.repair == "pruned" else identity * scalar[:, None]
+        return identity + ridge(gram, damage, penalty)
+
+
+class _Layer:
+    """A layer on its way: filters `[out, in, taps]` and biases `[out]` in float64, with its batch normalization folded in."""
+
+    def __init__(self, module: Any, norm: Any) -> None:
+        weight = module.weight if isinstance(module, nn.Conv2d) else weight_matrix(module)
+        self.module = module
+        self.tensor: CompressedTensor | None = None
+        self.weight, self.bias = weight.double(), None if module.bias is None else module.bias.double()
+        self.power = torch.ones((), dtype=torch.float64, device=weight.device)  # variance of what the layer puts out
+        if norm is not None:
+            self.weight, self.bias = fold(self.weight, self.bias, norm)
+            self.power = self.power if norm.weight is None else norm.weight.double().square().mean()
+        self.weight = self.weight.reshape(*self.weight.shape[:2], -1)
+
+    def input_precision(self) -> Tensor:
+        """One over the inputs' mean square, as far as filters and the variance of outputs tell."""
+        return self.weight.square().sum((1, 2)).mean() / self.power.clamp(min=1e-30)
+
+    def features(self, bias_weight: Tensor) -> Tensor:
+        """`[out, in * taps + 1]`: squared distances between rows are the paper's error of one channel in place of another."""
+        bias = torch.zeros_like(self.weight[:, 0, 0]) if self.bias is None else self.bias
+        return torch.cat([self.weight.flatten(1), bias_weight.sqrt() * bias[:, None]], dim=1)
+
+    def keep(self, rows: Tensor) -> None:
+        self.weight, self.bias = self.weight[rows], None if self.bias is None else self.bias[rows]
+
+    def absorb(self, mixing: Tensor) -> None:
+        """Read `mixing [kept, all]` times the channels that are left in place of all; a flattened image has many columns a channel."""
+        if isinstance(self.module, nn.Conv2d) and self.module.groups > 1:
+            self.weight = self.weight * mixing.diagonal()[:, None, None]
+            return
+        by_channel = self.weight.reshape(len(self.weight), mixing.shape[1], -1)
+        mixed = torch.einsum("kc,ocp->okp", mixing, by_channel)
+        self.weight = mixed.reshape(len(mixed), -1, self.weight.shape[2])
+
+    def round(self, bits: int | None, search: str) -> None:
+        """Store the filters in `bits`, the biases in fp16, and go on with what is stored."""
+        if bits is None:
+            return
+        flat = self.weight.flatten(1).float()
+        scales, zeros = fit_uniform(flat, bits, symmetric=True, search=search)
+        term = Uniform.nearest(flat, scales.clamp(min=_LEAST_SCALE), zeros, bits=bits, group_size=flat.shape[1], symmetric=True)
+        self.tensor = CompressedTensor((term,))
+        self.weight = term.decode().double().view_as(self.weight)
+        if self.bias is not None:
+            self.bias = self.bias.half().double()
+            if not bool(torch.isfinite(self.bias).all()):
+                raise NumericsError("a bias does not fit in fp16 after its batch normalization was folded in; bits=None would be right")
+
+    def compressed(self) -> nn.Module:
+        """The layer that takes the old one's place."""
+        if self.tensor is None:
+            return self._dense()
+        bias = None if self.bias is None else self.bias.half()
+        if isinstance(self.module, nn.Conv2d):
+            return CompressedConv2d(StoredConv2d.like(self.module, self.tensor), bias)
+        return CompressedLinear(StoredLinear(self.tensor), bias)
+
+    def _dense(self) -> nn.Module:
+        old, (outputs, inputs, _) = self.module, self.weight.shape
+        options = {"bias": self.bias is not None, "device": self.weight.device, "dtype": old.weight.dtype}
+        if isinstance(old, nn.Conv2d):
+            options |= {"stride": old.stride, "padding": old.padding, "dilation": old.dilation, "padding_mode": old.padding_mode}
+            made = skip_init(nn.Conv2d, inputs * old.groups, outputs, old.kernel_size, groups=old.groups, **options)
+        else:
+            made = skip_init(nn.Linear, inputs, outputs, **options)
+        made.weight.copy_(self.weight.view_as(made.weight))
+        if made.bias is not None:
+            made.bias.copy_(self.bias)
+        return made.requires_grad_(old.weight.requires_grad)
+
+
+def _inner(left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """Inner products of channels; those of a gated channel are the product of both layers' (given the gate, up is linear)."""
+    product = left[0] @ right[0].T
+    for one, other in zip(left[1:], right[1:], strict=True):
+        product = product * (one @ other.T)
+    return product
+
+
+def _importance(filters: list[Tensor], criterion: str) -> Tensor:
+    """What a channel is worth, `[channels]`, from the filters `[channels, inputs]` of each layer that makes it."""
+    if criterion == "median":  # FPGM: the filter nearest to all others is the one that they can stand in for
+        joined = torch.cat(filters, dim=1)
+        return torch.cdist(joined, joined).sum(1)
+    norms = torch.stack([one.norm(p=1 if criterion == "l1" else 2, dim=1) for one in filters])
+    return norms.prod(0)
+
+
+def _merged(identity: Tensor, gram: Tensor, cross: Tensor, lengths: Tensor) -> Tensor:
+    """Neuron merging: each removed channel is taken for the kept one of the largest cosine, scaled by the ratio of norms."""
+    own = gram.diagonal().sqrt().clamp(min=1e-30)
+    cosine = cross / own[:, None] / lengths.sqrt().clamp(min=1e-30)
+    best = cosine.argmax(0)
+    columns = torch.arange(len(lengths), device=best.device)
+    alike = (cosine[best, columns] > 0) & ~identity.bool().any(0)  # one that is like none of the kept stays away
+    merged = identity.clone()
+    merged[best[alike], columns[alike]] = lengths.sqrt()[alike] / own[best[alike]]
+    return merged
