@@ -130,6 +130,12 @@ class BlockMethod(Method, ABC):
     def begin(self, weight: Tensor, bias: Tensor | None, statistics: Statistics) -> nn.Module:
         """The stand-in (a LearnedLinear) of a linear layer with `weight [out, in]` (float32)."""
 
+    def begin_group(
+        self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor | None], statistics: Statistics
+    ) -> dict[str, nn.Module]:
+        """Stand-ins of all linears that read the same input, by name; override to share work between them."""
+        return {name: self.begin(weight, biases[name], statistics.of(name)) for name, weight in weights.items()}
+
     def loss(self, outputs: Tensor, dense: Tensor, mixed: Tensor) -> Tensor:
         """Of the window's `outputs`; targets are the dense window's on the dense model's inputs, and on the same inputs as here."""
         return (outputs.float() - mixed.float()).square().mean()

@@ -33,8 +33,11 @@ class LearnedLinear(nn.Module, ABC):
     def finish(self) -> StoredLinear:
         """What is stored; its weight is the one that `weight` gives at the end."""
 
-    def penalty(self, progress: float) -> Tensor:
-        """Added to the loss; `progress` runs from 0 to 1."""
+    def advance(self, progress: float, leaving: bool) -> None:
+        """Called before each step; `progress` runs from 0 to 1 in a window, `leaving`: the block is not trained again after it."""
+
+    def penalty(self) -> Tensor:
+        """Added to the loss of each step."""
         return torch.zeros(())
 
     def harden(self) -> None:

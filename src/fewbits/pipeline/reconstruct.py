@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fewbits.core.errors import InputError
+from fewbits.core.errors import InputError, NumericsError
 from fewbits.core.method import BlockMethod, Statistics
 from fewbits.layers.learned import LearnedLinear
 from fewbits.layers.linear import CompressedLinear, StoredLinear
@@ -52,6 +52,7 @@ class _Open:
         self.learned: dict[str, LearnedLinear] = {}
         self.moments: dict[str, tuple[Tensor | None, int]] = {}
         self.norms: dict[str, nn.Parameter] = {}
+        self.groups: list[tuple[str, ...]] = []  # names of linears that read one tensor
 
 
 class _Windows:
@@ -75,13 +76,13 @@ class _Windows:
             names = self.feed.blocks[start : start + self.method.window]
             last = start + self.method.window >= len(self.feed.blocks)
             leaving = names if last else names[:stride]
-            self._train_window(names, dense, mixed, same=start == 0)
+            self._train_window(names, leaving, dense, mixed, same=start == 0)
             dense, mixed = self._leave(start, leaving, dense, mixed, last)
             start += len(leaving)
             pace = (time.monotonic() - began) / (start - first)
             report(self.feed.options.progress, start - 1, len(self.feed.blocks), self.store.manifest(start - 1)["layers"], pace)
 
-    def _train_window(self, names: Sequence[str], dense: Tensor, mixed: Tensor, same: bool) -> None:
+    def _train_window(self, names: Sequence[str], leaving: Sequence[str], dense: Tensor, mixed: Tensor, same: bool) -> None:
         self._load(names)
         dense_target = self._all_outputs(names, dense)
         mixed_target = dense_target if same else self._all_outputs(names, mixed)
@@ -91,7 +92,7 @@ class _Windows:
             self._install(name, self.open[name].learned)
         if self.method.steps:
             with torch.enable_grad():
-                self._train(names, mixed, dense_target, mixed_target)
+                self._train(names, leaving, (mixed, dense_target, mixed_target))
 
     def _load(self, names: Sequence[str]) -> None:
         for name in names:
@@ -114,18 +115,24 @@ class _Windows:
             if not tokens:
                 assume_nothing(statistics)
             moment = second_moment(statistics)
-            for name in group:
-                block.learned[name] = self._stand_in(block.linears[name], statistics)
-                block.moments[name] = (moment, tokens)
+            block.learned |= self._stand_ins({name: block.linears[name] for name in group}, statistics)
+            block.moments |= dict.fromkeys(group, (moment, tokens))
+            block.groups.append(group)
         block.learned = {name: block.learned[name] for name in block.linears}
 
-    def _stand_in(self, linear: nn.Module, statistics: Statistics) -> LearnedLinear:
-        weight = weight_matrix(linear).float().contiguous()
-        return cast(LearnedLinear, self.method.begin(weight, cast("Tensor | None", linear.bias), statistics))
+    def _stand_ins(self, linears: Mapping[str, nn.Module], statistics: Statistics) -> dict[str, LearnedLinear]:
+        weights = {name: weight_matrix(linear).float().contiguous() for name, linear in linears.items()}
+        biases = {name: cast("Tensor | None", linear.bias) for name, linear in linears.items()}
+        try:
+            return cast("dict[str, LearnedLinear]", self.method.begin_group(weights, biases, statistics))
+        except NumericsError as error:
+            raise NumericsError(f"{', '.join(linears)}: {error}") from error
 
-    def _train(self, names: Sequence[str], mixed: Tensor, dense_target: Tensor, mixed_target: Tensor) -> None:
-        method, learned = self.method, [one for name in names for one in self.open[name].learned.values()]
-        groups = [group for one in learned for group in one.groups()]
+    def _train(self, names: Sequence[str], leaving: Sequence[str], streams: tuple[Tensor, Tensor, Tensor]) -> None:
+        """`streams`: the window's inputs, and what its dense blocks make of the dense model's inputs and of these."""
+        mixed, dense_target, mixed_target = streams
+        method, learned = self.method, [(one, name in leaving) for name in names for one in self.open[name].learned.values()]
+        groups = [group for one, _ in learned for group in one.groups() if group["params"]]
         norms = self._norms(names) if method.norm_rate else []
         if norms:
             groups.append({"params": norms, "lr": method.norm_rate})
@@ -141,8 +148,10 @@ class _Windows:
                 chosen = number * size + torch.randperm(inside, generator=order)[: method.batch_size]
             else:
                 chosen = number * size + torch.arange(inside)
+            for one, leaves in learned:
+                one.advance(step / method.steps, leaves)
             outputs = self.feed.run(names, mixed[chosen], number)
-            penalty = torch.stack([one.penalty(step / method.steps) for one in learned]).sum()
+            penalty = torch.stack([one.penalty() for one, _ in learned]).sum()
             return method.loss(outputs, dense_target[chosen], mixed_target[chosen]) + penalty
 
         def show(step: int, value: float, left: float) -> None:
@@ -150,7 +159,8 @@ class _Windows:
                 text = f"{names[0]}, {len(names)} in the window, step {step + 1}/{method.steps}"
                 self.feed.options.progress(index - 1, len(self.feed.blocks), text, value, left)
 
-        train(groups, loss, method.steps, progress=show, clip=1.0)
+        if groups:
+            train(groups, loss, method.steps, seed=method.seed, progress=show)
 
     def _shareable(self, names: Sequence[str], number: int, sequences: int) -> bool:
         """Whether no argument of a block is a tensor of its own for each sequence of the batch."""
@@ -170,16 +180,7 @@ class _Windows:
 
     def _leave(self, start: int, leaving: Sequence[str], dense: Tensor, mixed: Tensor, last: bool) -> tuple[Tensor, Tensor]:
         """Harden and store the blocks that leave the window; both streams go on behind them."""
-        finished: list[tuple[dict[str, StoredLinear], dict[str, Any], dict[str, Tensor]]] = []
-        for name in leaving:
-            block = self.open[name]
-            stored, entries = {}, {}
-            for layer, learned in block.learned.items():
-                learned.harden()
-                stored[layer] = learned.finish()
-                weight = weight_matrix(block.linears[layer]).float()
-                entries[layer] = layer_entry(layer, weight, stored[layer], *block.moments[layer])
-            finished.append((stored, entries, self._new_norms(name)))
+        finished = [self._finish(name) for name in leaving]
         following = start + len(leaving)
         if not last:
             # A trained norm belongs to the compressed model: the dense stream needs the old one.
@@ -202,6 +203,17 @@ class _Windows:
         self.store.drop_activations(keep=following)
         self.store.drop_state(f"open-{start:05d}")
         return dense, mixed
+
+    def _finish(self, name: str) -> tuple[dict[str, StoredLinear], dict[str, Any], dict[str, Tensor]]:
+        """What is stored of a block, what is said of it, and its trained norms."""
+        block = self.open[name]
+        stored, entries = {}, {}
+        for layer, learned in block.learned.items():
+            learned.harden()
+            stored[layer] = learned.finish()
+            weight = weight_matrix(block.linears[layer]).float()
+            entries[layer] = layer_entry(layer, weight, stored[layer], *block.moments[layer])
+        return stored, entries, self._new_norms(name)
 
     def _new_norms(self, name: str) -> dict[str, Tensor]:
         """Trained norms by full name, rounded to the file's dtype."""
@@ -250,7 +262,7 @@ class _Windows:
             for layer, linear in block.linears.items():
                 nothing = Statistics(*(need(weight_matrix(linear).shape[1]) for need in self.method.needs))
                 assume_nothing(nothing)
-                block.learned[layer] = self._stand_in(linear, nothing)
+                block.learned |= self._stand_ins({layer: linear}, nothing)
                 mine = {
                     key.removeprefix(f"learned/{layer}/"): value for key, value in tensors.items() if key.startswith(f"learned/{layer}/")
                 }

@@ -13,7 +13,7 @@ from fewbits.core.checks import check_range
 from fewbits.core.errors import InputError, NumericsError
 from fewbits.core.method import Paper, RewriteMethod
 from fewbits.core.tensor import CompressedTensor
-from fewbits.formats.ranges import fit_uniform
+from fewbits.formats.ranges import SEARCHES, fit_uniform
 from fewbits.formats.uniform import Uniform
 from fewbits.layers.conv import CompressedConv2d, StoredConv2d
 from fewbits.layers.linear import CompressedLinear, StoredLinear
@@ -24,6 +24,7 @@ from fewbits.solvers.ridge import ridge
 
 _REPAIRS = ("none", "merging", "pruned", "scalar", "full")
 _CRITERIA = ("l2", "l1", "median")
+_OFFSETS = ("mean", "bias")
 _LEAST_SCALE = 2.0**-24  # of fp16: a filter that is smaller yet is stored as zeros
 
 
@@ -31,16 +32,17 @@ _LEAST_SCALE = 2.0**-24  # of fp16: a filter that is smaller yet is stored as ze
 class Udfc(RewriteMethod):
     """Prunes inner channels and rounds what is left, and mends the next layer by ridge regression between filters; no data.
 
-    A channel is its filter w with the batch normalization folded in and its bias b. What the removed channel j did is
+    A channel is its filter w, with the batch normalization folded in, and its offset b. What the removed channel j did is
     approximated by kept ones, s_j = argmin ||w_j - sum s_ij w^_i||^2 + a1 (b_j - sum s_ij b_i)^2 + a2 ||s_j||^2, which the
     layers that read them absorb before they are rounded themselves; front to back. Gate and up of a gated MLP make one
-    channel, and inner products of channels are products of both layers' inner products.
+    channel: given the gate it is linear in up, so its inner products are the products of both layers' inner products.
 
     `share` of the inner channels is removed, those with the smallest norm (`criterion`; "median": nearest to all others).
     `bits` None keeps the weights dense. `repair`: "none"; "merging", each removed channel to the one most alike; "pruned",
     the regression for removed channels; "scalar", also one factor for each rounded channel; "full", also the regression of
-    its rounding error on all kept ones. a1 = `bias_weight` / mean square of inputs as the batch normalization saw it, that
-    is the mean diagonal of K K^T over the channels' mean variance (1 without one), a2 = `penalty` * mean diag(K K^T).
+    its rounding error on all kept ones. a1 = `bias_weight` * mean diag(K K^T) / mean variance of the channels as the batch
+    normalization gives it (1 without one), a2 = `penalty` * mean diag(K K^T), K the kept filters. `offset`: "mean", the
+    channel's mean, the normalization's beta; "bias", the paper's folded bias.
 
     Stored: smaller convolutions and linear layers, one symmetric uniform term with an fp16 scale a row, biases in fp16; no
     masks or indices. With convolutions all layers are rounded, else MLPs alone. Depthwise convolutions are not pruned, and
@@ -49,8 +51,9 @@ class Udfc(RewriteMethod):
 
     share: float = 0.3
     bits: int | None = 6
-    bias_weight: float = 1.0
-    penalty: float = 1.0
+    bias_weight: float = 0.1
+    penalty: float = 0.1
+    offset: Literal["mean", "bias"] = "mean"
     criterion: Literal["l2", "l1", "median"] = "l2"
     repair: Literal["none", "merging", "pruned", "scalar", "full"] = "full"
     search: str = "minmax"
@@ -63,7 +66,8 @@ class Udfc(RewriteMethod):
             raise InputError(f"share={self.share} is out of range; 0 to less than 1 would be right")
         if self.bits is not None:
             check_range("bits", self.bits, 2, 8)
-        for name, value, known in (("criterion", self.criterion, _CRITERIA), ("repair", self.repair, _REPAIRS)):
+        chosen = (("criterion", self.criterion, _CRITERIA), ("repair", self.repair, _REPAIRS), ("offset", self.offset, _OFFSETS))
+        for name, value, known in (*chosen, ("search", self.search, SEARCHES)):
             if value not in known:
                 raise InputError(f"{name}={value!r} is not known; {', '.join(map(repr, known))} are")
         if self.bias_weight < 0 or self.penalty < 0:
@@ -84,7 +88,8 @@ class Udfc(RewriteMethod):
     def _compressed(self, model: nn.Module, channels: Channels) -> dict[str, _Layer]:
         layers = {}
         for one in channels.layers:
-            layers[one.name] = _Layer(model.get_submodule(one.name), model.get_submodule(one.norm) if one.norm else None)
+            norm = model.get_submodule(one.norm) if one.norm else None
+            layers[one.name] = _Layer(model.get_submodule(one.name), norm, self.offset)
         order = list(layers)
         complete = {max(link.producers, key=order.index): link for link in channels.links}
         waiting = {name for link in channels.links for name in link.producers}
@@ -135,7 +140,7 @@ class Udfc(RewriteMethod):
 class _Layer:
     """A layer on its way: filters `[out, in, taps]` and biases `[out]` in float64, with its batch normalization folded in."""
 
-    def __init__(self, module: Any, norm: Any) -> None:
+    def __init__(self, module: Any, norm: Any, offset: str) -> None:
         weight = module.weight if isinstance(module, nn.Conv2d) else weight_matrix(module)
         self.module = module
         self.tensor: CompressedTensor | None = None
@@ -145,6 +150,9 @@ class _Layer:
             self.weight, self.bias = fold(self.weight, self.bias, norm)
             self.power = self.power if norm.weight is None else norm.weight.double().square().mean()
         self.weight = self.weight.reshape(*self.weight.shape[:2], -1)
+        self.offset = torch.zeros_like(self.weight[:, 0, 0]) if self.bias is None else self.bias
+        if norm is not None and offset == "mean":
+            self.offset = torch.zeros_like(self.offset) if norm.bias is None else norm.bias.double()
 
     def input_precision(self) -> Tensor:
         """One over the inputs' mean square, as far as filters and the variance of outputs tell."""
@@ -152,11 +160,11 @@ class _Layer:
 
     def features(self, bias_weight: Tensor) -> Tensor:
         """`[out, in * taps + 1]`: squared distances between rows are the paper's error of one channel in place of another."""
-        bias = torch.zeros_like(self.weight[:, 0, 0]) if self.bias is None else self.bias
-        return torch.cat([self.weight.flatten(1), bias_weight.sqrt() * bias[:, None]], dim=1)
+        return torch.cat([self.weight.flatten(1), bias_weight.sqrt() * self.offset[:, None]], dim=1)
 
     def keep(self, rows: Tensor) -> None:
-        self.weight, self.bias = self.weight[rows], None if self.bias is None else self.bias[rows]
+        self.weight, self.offset = self.weight[rows], self.offset[rows]
+        self.bias = None if self.bias is None else self.bias[rows]
 
     def absorb(self, mixing: Tensor) -> None:
         """Read `mixing [kept, all]` times the channels that are left in place of all; a flattened image has many columns a channel."""
