@@ -1,21 +1,39 @@
-"""Every weight method on the built-in language model at 4, 3 and 2 bits in groups of 64, and smoothquant at 8.
+"""Every weight method on the built-in language model at about 4, 3 and 2 true bits, and smoothquant at 8.
 
-    python benchmarks/methods_on_tiny_lm.py [--samples 64] [--windows 64] [--length 256]
+    python benchmarks/methods_on_tiny_lm.py [NAME ...] [--samples 64] [--windows 64] [--length 256]
 
 Writes results/<family>/<method>.json: true bits with their breakdown, perplexity, KL, the paired difference to the dense
-model and to round-to-nearest at the same width, seconds and peak memory.
+model and to round-to-nearest at the same width, seconds and peak memory. rtn and gptq are measured over all group sizes, so
+that every other method can be set beside them at its own true bits. Each row is a process of its own.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
-import fewbits
-from fewbits.core.config import configure
-from fewbits.core.registry import get_method, list_methods
-
 MODEL = "builtin:tiny-lm"
+CURVE = [{"bits": bits, "group_size": size} for bits in (4, 3, 2) for size in (16, 32, 64, 128, 256)]
+GROUPS = [{"bits": bits, "group_size": 64} for bits in (4, 3, 2)]
+SETTINGS = {
+    "rtn": CURVE,
+    "gptq": CURVE,
+    "awq": GROUPS,
+    "hqq": GROUPS,
+    "spqr": [{"bits": 4}, {"bits": 3}, {"bits": 2}],
+    "squeezellm": [{"bits": 4}, {"bits": 3}, {"bits": 2}],
+    "decoupleq": [*GROUPS, {"bits": 2, "group_size": 64, "steps": 0}],
+    "cbq": [{"bits": 3}, {"bits": 2}],
+    "mixllm": [{}],
+    "fast2bit": [{}],
+    "pb_llm": [{}],
+    "ptq161": [{}],
+    "gqsa": [{}],
+    "nupes": [{"bits": 4}, {"bits": 3}],
+    "smoothquant": [{"bits": 8}, {"bits": 8, "granularity": "static"}],
+}
 KEPT = (
     "perplexity",
     "perplexity_stderr",
@@ -28,36 +46,54 @@ KEPT = (
 )
 
 
+def measure(name: str, settings: dict, sizes: dict, folder: Path) -> dict:
+    """One row, in this process; `folder` keeps round-to-nearest's models for the paired comparison."""
+    import fewbits
+    from fewbits.core.config import configure
+    from fewbits.core.registry import get_method
+
+    calibration = fewbits.TextSample("builtin:calibration", sizes["samples"], sizes["length"])
+    heldout = fewbits.TextSample("builtin:heldout", sizes["windows"], sizes["length"])
+    output = folder / f"{name}-{abs(hash(json.dumps(settings)))}"
+    if name == "rtn":
+        output = folder / f"rtn-{settings['bits']}-{settings['group_size']}"
+    made = fewbits.compress(MODEL, configure(get_method(name), settings), output, calibration=calibration, probe=None)
+    measured = fewbits.evaluate(output, reference=MODEL, text=heldout)
+    row = {"settings": settings} | {key: made["results"][key] for key in ("bits_per_weight", "bits", "compressed_weights")}
+    row |= {key: measured["results"][key] for key in KEPT} | {key: made[key] for key in ("seconds", "peak_memory_bytes")}
+    plain = folder / f"rtn-{settings.get('bits')}-64"
+    if plain.exists() and name != "rtn":
+        paired = fewbits.evaluate(output, reference=plain, text=heldout)["results"]
+        row |= {"delta_to_rtn": paired["delta_loss"], "delta_to_rtn_interval": paired["delta_loss_interval"]}
+    return row | {key: measured[key] for key in ("versions", "machine")} | {"family": get_method(name).family()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     for name, default in (("samples", 64), ("windows", 64), ("length", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
-    calibration = fewbits.TextSample("builtin:calibration", arguments.samples, arguments.length)
-    heldout = fewbits.TextSample("builtin:heldout", arguments.windows, arguments.length)
-    names = ["rtn", *(name for name in list_methods("weights") if name != "rtn"), *list_methods("activations")]
+    sizes = {name: getattr(arguments, name) for name in ("samples", "windows", "length")}
+    if arguments.row is not None:
+        print(json.dumps(measure(arguments.names[0], json.loads(arguments.row[0]), sizes, Path(arguments.row[1]))))
+        return
+    options = [f"--{name}={value}" for name, value in sizes.items()]
     with tempfile.TemporaryDirectory() as temporary:
-        for name in names:
-            kind = get_method(name)
-            widths = (8,) if kind.family() == "activations" else (4, 3, 2)
+        for name in arguments.names:
             rows = []
-            for bits in widths:
-                settings = {"bits": bits} | ({} if kind.family() == "activations" else {"group_size": 64})
-                output, plain = Path(temporary) / f"{name}-{bits}", Path(temporary) / f"rtn-{bits}"
-                made = fewbits.compress(MODEL, configure(kind, settings), output, calibration=calibration)
-                measured = fewbits.evaluate(output, reference=MODEL, text=heldout)
-                row = settings | {key: made["results"][key] for key in ("bits_per_weight", "bits", "compressed_weights")}
-                row |= {key: measured["results"][key] for key in KEPT} | {key: made[key] for key in ("seconds", "peak_memory_bytes")}
-                if plain.exists() and name != "rtn":
-                    paired = fewbits.evaluate(output, reference=plain, text=heldout)["results"]
-                    row |= {"delta_to_rtn": paired["delta_loss"], "delta_to_rtn_interval": paired["delta_loss_interval"]}
+            for settings in SETTINGS[name]:
+                command = [sys.executable, __file__, name, *options, "--row", json.dumps(settings), temporary]
+                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                row = json.loads(output.splitlines()[-1])
+                shared = {key: row.pop(key) for key in ("versions", "machine", "family")}
                 rows.append(row)
-                print(f"{name:12}{bits:3}{row['bits_per_weight']:8.3f}{row['perplexity']:10.3f}{row['kl_mean']:9.4f}", flush=True)
-            path = Path("results") / kind.family() / f"{name}.json"
+                print(f"{name:12}{row['bits_per_weight']:8.3f}{row['perplexity']:10.3f}{row['kl_mean']:9.4f}  {settings}", flush=True)
+            path = Path("results") / shared.pop("family") / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
-            shared = {"method": name, "model": MODEL, "settings": vars(arguments)}
-            shared |= {key: measured[key] for key in ("versions", "machine")}
-            path.write_text(json.dumps(shared | {"rows": rows}, indent=1) + "\n")
+            head = {"method": name, "model": MODEL, "settings": sizes} | shared
+            path.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from fewbits.methods.weights.udfc import Udfc
 
 SHARES = (0.0, 0.2, 0.3, 0.5)
 BITS = (None, 6, 4, 3)
-REPAIRS = ("none", "merging", "pruned", "full")
+METHODS = {repair: {"repair": repair} for repair in ("none", "merging", "pruned", "full")}
+METHODS["full, activations"] = {"repair": "full", "space": "activations"}
 
 
 class Block(nn.Module):
@@ -118,11 +119,11 @@ def main() -> None:
                     rows.append({"model": build.__name__, "method": "dense", "share": 0.0, "bits": None, "accuracy": dense})
                     rows[-1] |= {"bits_per_weight": 32.0, "seconds": 0.0}
                     continue
-                for repair in REPAIRS:
-                    if (share == 0 and repair in ("merging", "pruned")) or (bits is None and repair == "pruned"):
+                for name, fields in METHODS.items():
+                    if (share == 0 and name in ("merging", "pruned")) or (bits is None and name == "pruned"):
                         continue  # there the same as another row
-                    row = measure(models, test, Udfc(share=share, bits=bits, repair=repair))
-                    rows.append({"model": build.__name__, "method": repair, "share": share, "bits": bits} | row)
+                    row = measure(models, test, Udfc(share=share, bits=bits, **fields))
+                    rows.append({"model": build.__name__, "method": name, "share": share, "bits": bits} | row)
                     print(rows[-1], flush=True)
     arguments.result.parent.mkdir(parents=True, exist_ok=True)
     arguments.result.write_text(json.dumps({"test_images": len(test[1]), "torch": torch.__version__, "rows": rows}, indent=1) + "\n")

@@ -5,8 +5,10 @@ ends with status 1 where a table is stale.
 """
 
 import json
+import math
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -14,21 +16,60 @@ REGION = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(path: Path) -> str:
-    """A Markdown table of a result's rows."""
+    """A Markdown table of a result's rows: of a language model, or whatever fields an experiment of another kind has."""
     result = json.loads(path.read_text())
-    lines = [
-        "| method | bits per weight | perplexity | loss difference to dense, 95% interval | KL | same top token |",
-        "|---|---|---|---|---|---|",
-    ]
-    dense = result["rows"][0]["reference_perplexity"]
-    lines.append(f"| dense | 16 | {dense:.2f} | | | |")
-    for row in result["rows"]:
+    rows = result["rows"]
+    if "perplexity" not in rows[0]:
+        return _plain(rows)
+    curves = {name: _curve(path.parent / f"{name}.json") for name in ("gptq", "rtn") if (path.parent / f"{name}.json").is_file()}
+    curves = {name: curve for name, curve in curves.items() if name != result.get("method")}
+    heads = ["method", "bits per weight", "perplexity", "loss difference to dense, 95% interval", "KL", "same top token"]
+    heads += [f"KL of {name} at these bits" for name in curves] + (["seconds", "peak MB"] if "seconds" in rows[0] else [])
+    cells = [["dense", "16", f"{rows[0]['reference_perplexity']:.2f}"] + [""] * (len(heads) - 3)]
+    for row in rows:
         low, high = row["delta_loss_interval"]
-        name = f"{row.get('method', result.get('method'))} {row['bits']} bits"
-        loss = f"{row['delta_loss']:+.4f} [{low:+.4f}, {high:+.4f}]"
-        measured = f"{row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f} | {loss} | {row['kl_mean']:.4f} | {row['top1_agreement']:.3f}"
-        lines.append(f"| {name} | {row['bits_per_weight']:.3f} | {measured} |")
-    return "\n".join(lines) + "\n"
+        line = [_name(row, result), f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f}"]
+        line += [f"{row['delta_loss']:+.4f} [{low:+.4f}, {high:+.4f}]", f"{row['kl_mean']:.4f}", f"{row['top1_agreement']:.3f}"]
+        line += [at_bits(curve, row["bits_per_weight"]) for curve in curves.values()]
+        line += [f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"] if "seconds" in rows[0] else []
+        cells.append(line)
+    return _markdown(heads, cells)
+
+
+def at_bits(curve: list[tuple[float, float]], bits: float) -> str:
+    """The KL of a method at `bits`: log-linear between the neighbours of its best (bits, KL) pairs; a dash outside of them."""
+    for (left, low), (right, high) in pairwise(curve):
+        if left <= bits <= right:
+            share = (bits - left) / (right - left)
+            return f"{math.exp((1 - share) * math.log(low) + share * math.log(high)):.4f}"
+    return "—"
+
+
+def _curve(path: Path) -> list[tuple[float, float]]:
+    """(bits, KL) of the rows that no cheaper row beats, by bits."""
+    best: list[tuple[float, float]] = []
+    for bits, loss in sorted((row["bits_per_weight"], row["kl_mean"]) for row in json.loads(path.read_text())["rows"]):
+        if not best or loss < best[-1][1]:
+            best.append((bits, loss))
+    return best
+
+
+def _name(row: dict, result: dict) -> str:
+    method = row.get("method", result.get("method"))
+    if "settings" not in row:
+        return f"{method} {row['bits']} bits"
+    return ", ".join([method, *(f"{name}={value}" for name, value in row["settings"].items())])
+
+
+def _plain(rows: list[dict]) -> str:
+    heads = [name for name, value in rows[0].items() if isinstance(value, (str, int, float))]
+    shown = [[f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in heads] for row in rows]
+    return _markdown([name.replace("_", " ") for name in heads], shown)
+
+
+def _markdown(heads: list[str], cells: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *cells]
+    return "".join("| " + " | ".join(line).replace("|  |", "| |").replace("|  |", "| |") + " |\n" for line in lines)
 
 
 def refreshed(text: str, root: Path = ROOT) -> str:

@@ -63,7 +63,12 @@ class Adapter:
 def weight_matrix(linear: nn.Module) -> Tensor:
     """The weight `[out, in]` of a linear layer; GPT-2's layers store the transpose."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
-    return weight.T if isinstance(linear, Conv1D) else weight
+    return oriented(linear, weight)
+
+
+def oriented(linear: nn.Module, matrix: Tensor) -> Tensor:
+    """`matrix`, of the shape of the layer's parameter, as `[out, in]`."""
+    return matrix.T if isinstance(linear, Conv1D) else matrix
 
 
 def _linear_count(module: nn.Module) -> int:

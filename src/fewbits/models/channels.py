@@ -151,7 +151,7 @@ class _Walk:
             module = self.root.get_submodule(str(node.target))
             return self._layer(node, module) if isinstance(module, LAYERS) else self._module(node, module)
         name = _called(node)
-        if name in ("size", "getattr"):
+        if _asks_size(node):
             return None  # sizes of images and batches stay as they are, and that of the channels is asked for anew each time
         flows = self._inputs(node)
         if name in _ELEMENTWISE and flows:
@@ -199,7 +199,7 @@ class _Walk:
         if isinstance(module, NORMS):
             source = flow.sources[0]
             behind = node.all_input_nodes[0]
-            only = all(user is node or _called(user) in ("size", "getattr") for user in behind.users)
+            only = all(user is node or _asks_size(user) for user in behind.users)
             plain = str(behind.target) == source and self.calls[str(node.target)] == 1
             if plain and only and can_fold(module, _outputs(self.root.get_submodule(source))):
                 self.layers[source] = str(node.target)
@@ -248,6 +248,11 @@ def _single(node: fx.Node, name: str, flow: _Flow) -> _Flow | None:
         if isinstance(axes, (list, tuple)) and sorted(axis % 4 for axis in axes) == [2, 3]:
             return _changed(flow, image=False, bent=True)
     return None
+
+
+def _asks_size(node: fx.Node) -> bool:
+    name = _called(node)
+    return name in ("size", "dim") or (name == "getattr" and node.args[1] in ("shape", "ndim", "dtype", "device"))
 
 
 def _called(node: fx.Node) -> str:

@@ -1,5 +1,60 @@
-"""Placeholder."""
+"""What the loss's gradients say of each linear layer, summed over single samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.core.errors import InputError, NumericsError
+from fewbits.core.method import LayerMethod
+from fewbits.models.adapter import oriented, weight_matrix
+from fewbits.models.source import ModelSource
 
 
-def gather_sensitivities(*a, **k):
-    raise NotImplementedError
+def gather_sensitivities(
+    source: ModelSource, method_of: Mapping[str, LayerMethod], windows: Tensor, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Each layer's sum over `windows [count, length]` of its method's `sensitivity`, then what its method's `rank` makes of them.
+
+    The loss is the next token's, each window a sample of its own: a gradient's square is not the square of a sum. The whole
+    model is in memory, with one layer's gradient at a time. Raises InputError for a model that predicts no tokens,
+    NumericsError with the layer's name where a gradient is not finite.
+    """
+    if source.is_encoder:
+        raise InputError(f"{source.name!r} is an encoder: it predicts no tokens, so there is no loss to take gradients of")
+    model = source.shell()
+    source.load_module(model, "", dtype)
+    model.tie_weights()
+    model.requires_grad_(False)
+    totals: dict[str, Tensor] = {}
+    for name, method in method_of.items():
+        linear = model.get_submodule(name)
+        weight = linear.get_parameter("weight")
+        weight.requires_grad_(True)
+        weight.register_post_accumulate_grad_hook(_adder(name, method, linear, totals))
+    for window in windows:
+        model(input_ids=window[None], labels=window[None], use_cache=False).loss.backward()
+    for name, method in method_of.items():  # a layer that no token reached has no gradient
+        zeros = torch.zeros(weight_matrix(model.get_submodule(name)).shape)
+        totals.setdefault(name, torch.zeros_like(method.sensitivity(zeros, zeros)))
+    ranked: dict[str, Tensor] = {}
+    for method in set(method_of.values()):
+        ranked |= method.rank({name: totals[name] for name, one in method_of.items() if one == method})
+    return {name: ranked[name] for name in method_of}
+
+
+def _adder(name: str, method: LayerMethod, linear: nn.Module, totals: dict[str, Tensor]) -> Callable[[Tensor], None]:
+    weight = weight_matrix(linear).detach().float()
+
+    def add(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        gradient = oriented(linear, parameter.grad).float()
+        parameter.grad = None  # freed before the next layer's is made
+        if not bool(torch.isfinite(gradient).all()):
+            raise NumericsError(f"{name}: the loss's gradient is not finite; the model, or the calibration text, is broken")
+        found = method.sensitivity(weight, gradient)
+        totals[name] = totals[name] + found if name in totals else found
+
+    return add

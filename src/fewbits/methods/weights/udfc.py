@@ -20,11 +20,13 @@ from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.adapter import weight_matrix
 from fewbits.models.batchnorm import fold
 from fewbits.models.channels import Channels, find_channels
+from fewbits.solvers.relu import relu_inner, relu_series
 from fewbits.solvers.ridge import ridge
 
 _REPAIRS = ("none", "merging", "pruned", "scalar", "full")
 _CRITERIA = ("l2", "l1", "median")
 _OFFSETS = ("mean", "bias")
+_SPACES = ("filters", "activations")
 _LEAST_SCALE = 2.0**-24  # of fp16: a filter that is smaller yet is stored as zeros
 
 
@@ -42,7 +44,8 @@ class Udfc(RewriteMethod):
     the regression for removed channels; "scalar", also one factor for each rounded channel; "full", also the regression of
     its rounding error on all kept ones. a1 = `bias_weight` * mean diag(K K^T) / mean variance of the channels as the batch
     normalization gives it (1 without one), a2 = `penalty` * mean diag(K K^T), K the kept filters. `offset`: "mean", the
-    channel's mean, the normalization's beta; "bias", the paper's folded bias.
+    channel's mean, the normalization's beta; "bias", the paper's folded bias. `space`: "filters", the paper's inner products;
+    "activations", covariances of channels behind a ReLU (of any activation), the means that are missed go into biases.
 
     Stored: smaller convolutions and linear layers, one symmetric uniform term with an fp16 scale a row, biases in fp16; no
     masks or indices. With convolutions all layers are rounded, else MLPs alone. Depthwise convolutions are not pruned, and
@@ -54,6 +57,7 @@ class Udfc(RewriteMethod):
     bias_weight: float = 0.1
     penalty: float = 0.1
     offset: Literal["mean", "bias"] = "mean"
+    space: Literal["filters", "activations"] = "filters"
     criterion: Literal["l2", "l1", "median"] = "l2"
     repair: Literal["none", "merging", "pruned", "scalar", "full"] = "full"
     search: str = "minmax"
@@ -67,7 +71,7 @@ class Udfc(RewriteMethod):
         if self.bits is not None:
             check_range("bits", self.bits, 2, 8)
         chosen = (("criterion", self.criterion, _CRITERIA), ("repair", self.repair, _REPAIRS), ("offset", self.offset, _OFFSETS))
-        for name, value, known in (*chosen, ("search", self.search, SEARCHES)):
+        for name, value, known in (*chosen, ("search", self.search, SEARCHES), ("space", self.space, _SPACES)):
             if value not in known:
                 raise InputError(f"{name}={value!r} is not known; {', '.join(map(repr, known))} are")
         if self.bias_weight < 0 or self.penalty < 0:
@@ -96,36 +100,52 @@ class Udfc(RewriteMethod):
         for name, layer in layers.items():
             if name in complete:  # the last of its producers: all that they read is final by now
                 link = complete[name]
-                mixing = self._prune([layers[one] for one in link.producers], link.one_to_one)
+                mixing, shift = self._prune([layers[one] for one in link.producers], link.one_to_one)
                 for reader in link.consumers:
-                    layers[reader].absorb(mixing)
+                    layers[reader].absorb(mixing, shift)
             elif name not in waiting:
                 layer.round(self.bits, self.search)
         return layers
 
-    def _prune(self, makers: list[_Layer], one_to_one: bool) -> Tensor:
-        """Cuts and rounds the layers that make a link's channels; the factors `[kept, all]` that its readers absorb."""
+    def _prune(self, makers: list[_Layer], one_to_one: bool) -> tuple[Tensor, Tensor]:
+        """Cuts and rounds the layers that make a link's channels; what its readers absorb.
+
+        That is the factors `[kept, all]` by which kept channels stand in for all, and the constants `[all]` that they miss.
+        """
         count = len(makers[0].weight)
         removed = 0 if one_to_one else min(round(self.share * count), count - 1)
         kept = _importance([layer.weight.flatten(1) for layer in makers], self.criterion).argsort(stable=True)[removed:].sort().values
-        bias_weights = [self.bias_weight * layer.input_precision() for layer in makers]
-        original = [layer.features(a1) for layer, a1 in zip(makers, bias_weights, strict=True)]
+        precisions = [layer.input_precision() for layer in makers]
+        original = self._views(makers, precisions)
         for layer in makers:
             layer.keep(kept)
             layer.round(self.bits, self.search)
         identity = torch.eye(count, dtype=torch.float64, device=kept.device)[kept]
+        nothing = torch.zeros_like(identity[0])
         if self.repair == "none" or (not removed and self.bits is None):
-            return identity
-        made = [layer.features(a1) for layer, a1 in zip(makers, bias_weights, strict=True)]
+            return identity, nothing
+        made = self._views(makers, precisions)
         gram, cross = _inner(made, made), _inner(made, original)
         if self.repair == "merging":
-            return _merged(identity, gram, cross, _inner(original, original).diagonal())
-        return self._solved(identity, gram, cross, one_to_one)
+            return _merged(identity, gram, cross, _inner(original, original).diagonal()), nothing
+        mixing = self._solved(identity, gram, cross, one_to_one)
+        if made[0].mean is None or original[0].mean is None:
+            return mixing, nothing
+        return mixing, original[0].mean - made[0].mean @ mixing
+
+    def _views(self, makers: list[_Layer], precisions: list[Tensor]) -> list[_View]:
+        """What the regression sees of the channels; the gate of a gated MLP counts with its mean, up is linear."""
+        if self.space == "filters" or self.repair == "merging":
+            return [layer.filters(self.bias_weight * precision) for layer, precision in zip(makers, precisions, strict=True)]
+        first = makers[0].rectified(precisions[0], centred=len(makers) == 1)
+        return [first, *(layer.filters(self.bias_weight * one) for layer, one in zip(makers[1:], precisions[1:], strict=True))]
 
     def _solved(self, identity: Tensor, gram: Tensor, cross: Tensor, one_to_one: bool) -> Tensor:
         """The paper's closed form; `gram [kept, kept]` and `cross [kept, all]` hold inner products with what was made of the kept."""
         kept = identity.bool().any(0)
         penalty = float(self.penalty * gram.diagonal().mean())
+        if not bool(gram.any()):
+            return identity  # nothing is left that anything could be made of
         scalar = (cross[:, kept].diagonal() + penalty) / (gram.diagonal() + penalty).clamp(min=torch.finfo(gram.dtype).tiny)
         if one_to_one:
             return identity if self.repair == "pruned" else identity * scalar[:, None]
@@ -158,22 +178,44 @@ class _Layer:
         """One over the inputs' mean square, as far as filters and the variance of outputs tell."""
         return self.weight.square().sum((1, 2)).mean() / self.power.clamp(min=1e-30)
 
-    def features(self, bias_weight: Tensor) -> Tensor:
-        """`[out, in * taps + 1]`: squared distances between rows are the paper's error of one channel in place of another."""
-        return torch.cat([self.weight.flatten(1), bias_weight.sqrt() * self.offset[:, None]], dim=1)
+    def filters(self, bias_weight: Tensor) -> _View:
+        """Squared distances between rows are the paper's error of one channel in place of another."""
+        return _View(torch.cat([self.weight.flatten(1), bias_weight.sqrt() * self.offset[:, None]], dim=1))
+
+    def rectified(self, precision: Tensor, centred: bool) -> _View:
+        """The channels behind a ReLU, their inputs taken for independent and Gaussian."""
+        flat = self.weight.flatten(1)
+        norms = flat.norm(dim=1)
+        series = relu_series(self.offset, norms / precision.sqrt().clamp(min=1e-30))
+        mean = series[:, 0].clone()
+        if centred:
+            series[:, 0] = 0
+        return _View(flat / norms.clamp(min=1e-30)[:, None], series, mean if centred else None)
 
     def keep(self, rows: Tensor) -> None:
         self.weight, self.offset = self.weight[rows], self.offset[rows]
         self.bias = None if self.bias is None else self.bias[rows]
 
-    def absorb(self, mixing: Tensor) -> None:
-        """Read `mixing [kept, all]` times the channels that are left in place of all; a flattened image has many columns a channel."""
-        if isinstance(self.module, nn.Conv2d) and self.module.groups > 1:
+    def absorb(self, mixing: Tensor, shift: Tensor) -> None:
+        """Read kept channels in place of all by `mixing [kept, all]`, and the constants `shift [all]` besides.
+
+        A flattened image has many columns a channel.
+        """
+        if bool(shift.any()):
+            missed = self.weight.sum((1, 2)) * shift if self._is_depthwise() else self._by_channel(len(shift)).sum(2) @ shift
+            self.bias = missed if self.bias is None else self.bias + missed
+        if self._is_depthwise():
             self.weight = self.weight * mixing.diagonal()[:, None, None]
             return
-        by_channel = self.weight.reshape(len(self.weight), mixing.shape[1], -1)
-        mixed = torch.einsum("kc,ocp->okp", mixing, by_channel)
+        mixed = torch.einsum("kc,ocp->okp", mixing, self._by_channel(mixing.shape[1]))
         self.weight = mixed.reshape(len(mixed), -1, self.weight.shape[2])
+
+    def _is_depthwise(self) -> bool:
+        return isinstance(self.module, nn.Conv2d) and self.module.groups > 1
+
+    def _by_channel(self, channels: int) -> Tensor:
+        """`[out, channels, weights that read a channel]`."""
+        return self.weight.reshape(len(self.weight), channels, -1)
 
     def round(self, bits: int | None, search: str) -> None:
         """Store the filters in `bits`, the biases in fp16, and go on with what is stored."""
@@ -212,11 +254,23 @@ class _Layer:
         return made.requires_grad_(old.weight.requires_grad)
 
 
-def _inner(left: list[Tensor], right: list[Tensor]) -> Tensor:
+@dataclass(frozen=True)
+class _View:
+    """Channels as vectors `[channels, size]`; with a series, directions whose inner products are correlations before a ReLU."""
+
+    vectors: Tensor
+    series: Tensor | None = None
+    mean: Tensor | None = None  # behind the ReLU, where inner products are covariances
+
+
+def _inner(left: list[_View], right: list[_View]) -> Tensor:
     """Inner products of channels; those of a gated channel are the product of both layers' (given the gate, up is linear)."""
-    product = left[0] @ right[0].T
-    for one, other in zip(left[1:], right[1:], strict=True):
-        product = product * (one @ other.T)
+    product = torch.ones((), dtype=torch.float64, device=left[0].vectors.device)
+    for one, other in zip(left, right, strict=True):
+        plain = one.vectors @ other.vectors.T
+        if one.series is not None and other.series is not None:
+            plain = relu_inner(one.series, other.series, plain.clamp(-1, 1))
+        product = product * plain
     return product
 
 

@@ -1,0 +1,64 @@
+"""SqueezeLLM: each row has its own levels, placed where the loss is sensitive; the few weights that matter most stay exact."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fewbits.core.checks import check_range
+from fewbits.core.errors import InputError
+from fewbits.core.method import LayerMethod, Paper, Statistics
+from fewbits.core.tensor import CompressedTensor, Term
+from fewbits.formats.codebook import Codebook
+from fewbits.formats.sparse import Sparse
+from fewbits.solvers.binary import top_entries
+from fewbits.solvers.kmeans import cluster_rows, nearest_level
+
+
+@dataclass(frozen=True)
+class Squeezellm(LayerMethod):
+    """Weighted k-means of every row; weights are the squared gradients of the loss, summed over single samples.
+
+    Stored: codes with 2**bits fp16 levels a row, and a sparse fp16 matrix of the removed weights less the level that their
+    codes stand for, so that both together give the weight. Departures: k-means is solved by an exact path over merged runs
+    and Lloyd's iteration after it, in place of one random start; the outliers are an exact count of the largest magnitudes.
+    Raises InputError for values out of range.
+    """
+
+    bits: int = 3
+    sensitive: float = 0.0005  # share of weights of the largest sensitivity that stay exact
+    outliers: float = 0.004  # share of the others of the largest magnitude that stay exact
+    weighting: Literal["fisher", "none"] = "fisher"
+
+    paper: ClassVar[Paper] = Paper("SqueezeLLM: Dense-and-Sparse Quantization", "2306.07629", 2023)
+    baseline: ClassVar[str | None] = "rtn"
+    needs: ClassVar = ()
+    uses_gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_range("bits", self.bits, 1, 8)
+        check_range("sensitive", self.sensitive, 0, 0.5)
+        check_range("outliers", self.outliers, 0, 0.5)
+        if self.weighting not in ("fisher", "none"):
+            raise InputError(f"weighting={self.weighting!r} is not known; 'fisher' or 'none' would be right")
+
+    def sensitivity(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        """The diagonal of the Fisher information (section 4.1): squared for each sample, not of their sum."""
+        return gradient.square()
+
+    def compress(self, weight: Tensor, statistics: Statistics) -> CompressedTensor:
+        fisher = statistics.sensitivity if self.weighting == "fisher" else torch.ones_like(weight)
+        removed = top_entries(fisher, self.sensitive)
+        removed = removed | top_entries(torch.where(removed, -1.0, weight.abs()), self.outliers)
+        # What is removed has no say in where the levels lie. Squared gradients are tiny: only their ratios in a row matter.
+        shares = torch.where(removed, 0.0, fisher.double() / fisher.double().mean(1, keepdim=True).clamp(min=1e-300))
+        levels = cluster_rows(weight, shares, 2**self.bits).half()
+        ordered = levels.float()
+        codes = nearest_level(weight, ordered)
+        at_zero = ordered.abs().argmin(1, keepdim=True)
+        codes = torch.where(removed, at_zero.to(torch.uint8), codes)
+        terms: tuple[Term, ...] = (Codebook.from_codes(codes, levels[:, None], bits=self.bits),)
+        if bool(removed.any()):
+            terms = (*terms, Sparse.from_dense(weight - ordered.gather(1, at_zero), removed))
+        return CompressedTensor(terms)
