@@ -1,0 +1,25 @@
+"""Another term's transpose: for tensors whose groups run along rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.core.tensor import Term
+
+
+@dataclass(frozen=True, eq=False)
+class Transposed(Term, kind="transposed"):
+    """Stands for the transpose of `inner`."""
+
+    inner: Term
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.inner.shape
+        return columns, rows
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.inner.decode(dtype).T
