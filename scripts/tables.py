@@ -62,9 +62,13 @@ def _name(row: dict, result: dict) -> str:
 
 
 def _plain(rows: list[dict]) -> str:
-    heads = [name for name, value in rows[0].items() if isinstance(value, (str, int, float))]
-    shown = [[f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in heads] for row in rows]
+    heads = [name for name in rows[0] if all(isinstance(row[name], (str, int, float, type(None))) for row in rows)]
+    shown = [[_cell(row[name]) for name in heads] for row in rows]
     return _markdown([name.replace("_", " ") for name in heads], shown)
+
+
+def _cell(value: str | float | None) -> str:
+    return "—" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _markdown(heads: list[str], cells: list[list[str]]) -> str:

@@ -25,7 +25,7 @@ from layer_problem import heavy_layer, output_error
 def stand_in(method, seed=0, outliers=0):
     weight, statistics, heldout = heavy_layer(seed)
     if outliers:
-        statistics[Ranges].high[:outliers] *= 50
+        statistics[Ranges].high[:outliers] = 500.0 + torch.arange(outliers)
     return method.begin(weight, None, statistics), weight, statistics, heldout
 
 
@@ -44,7 +44,7 @@ def test_rounding_starts_at_the_weight_itself():
 
 @pytest.mark.parametrize("rounding", ["low_rank", "full", "none", "random"])
 def test_stored_codes_are_the_evaluated_weights_and_go_up_or_down_only(rounding):
-    learned, weight, _, _ = stand_in(Cbq(bits=3, rounding=rounding, truncate=False), outliers=3)
+    learned, _, _, _ = stand_in(Cbq(bits=3, rounding=rounding, truncate=False), outliers=3)
     learned.advance(0.5, leaving=True)
     with torch.no_grad():
         for parameter in learned.parameters():
@@ -75,23 +75,23 @@ def test_random_choices_are_far_worse_than_the_nearest():
         learned.harden()
         errors[rounding] = output_error(weight, learned.finish().weight.decode(), heldout)
     # An untrained low-rank product rounds each weight to its nearest level.
-    assert errors["none"] > 2 * errors["low_rank"] and errors["random"] > 1.5 * errors["low_rank"]
+    assert errors["none"] == errors["low_rank"] and errors["random"] > 1.5 * errors["low_rank"]
 
 
 def test_truncation_touches_few_weights_and_helps_at_two_bits():
-    changed, unchanged = [], []
+    ratios = []
     for seed in range(4):
-        weight, statistics, heldout = heavy_layer(seed)
-        weight[3, 5], weight[70, 9] = 1.5, -1.5  # a thousand times the typical square
-        cut = Cbq(bits=2, group_size=None, scale_inputs=False).begin(weight, None, statistics)
-        touched = float((cut._buffer("dense") != weight).float().mean())
-        whole = Rtn(bits=2, group_size=None).compress(weight, statistics).decode()
-        short = Rtn(bits=2, group_size=None).compress(cut._buffer("dense"), statistics).decode()
-        assert 0 < touched < 0.01
-        rows = [3, 70]
-        changed.append(output_error(weight[rows], short[rows], heldout) / output_error(weight[rows], whole[rows], heldout))
-        unchanged.append(bool(torch.equal(short[0], whole[0])) or touched > 2 / weight.numel())
-    assert sorted(changed)[1] < 1 and all(unchanged)
+        _, statistics, heldout = heavy_layer(seed)
+        generator = torch.Generator().manual_seed(seed)
+        weight, at = 0.02 * torch.randn(128, 256, generator=generator), torch.randperm(128, generator=generator)[:24]
+        weight[at, at] = 0.16  # eight times the typical weight, in some rows
+        dense = Cbq(bits=2, group_size=None, scale_inputs=False).begin(weight, None, statistics)._buffer("dense")
+        touched = dense != weight
+        assert 0 < float(touched.float().mean()) < 0.01 and bool(touched[at, at].all())
+        assert bool((dense.amax(1) - dense.amin(1) <= weight.amax(1) - weight.amin(1)).all())
+        lost = [output_error(weight, Rtn(bits=2, group_size=None).compress(one, statistics).decode(), heldout) for one in (dense, weight)]
+        ratios.append(lost[0] / lost[1])
+    assert max(ratios) < 0.97
     even = torch.linspace(-1, 1, 256).expand(8, -1).contiguous()
     assert torch.equal(Cbq(scale_inputs=False).begin(even, None, heavy_layer()[1])._buffer("dense"), even)
 
@@ -110,14 +110,14 @@ def test_outlying_channels_move_into_the_weight_and_the_layer_stays_the_same():
 def test_steps_freeze_once_and_choices_are_pushed_in_the_last_window_alone():
     learned, *_ = stand_in(Cbq())
     learned.advance(0.1, leaving=False)
-    assert not learned._buffer("frozen") and float(learned.penalty()) == 0
+    assert not learned._buffer("frozen") and float(learned.penalty().detach()) == 0
     learned.advance(0.9, leaving=False)
-    assert learned._buffer("frozen") and float(learned.penalty()) == 0
+    assert learned._buffer("frozen") and float(learned.penalty().detach()) == 0
     start = learned._buffer("start").clone()
     learned.advance(0.1, leaving=True)
-    assert torch.equal(start, learned._buffer("start")) and float(learned.penalty()) == 0
+    assert torch.equal(start, learned._buffer("start")) and float(learned.penalty().detach()) == 0
     learned.advance(0.9, leaving=True)
-    assert float(learned.penalty()) > 0
+    assert float(learned.penalty().detach()) > 0
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_training_helps_and_activations_may_be_rounded_as_well(folder, tmp_path)
     source, lost = open_model(folder), {}
     for name, method in {
         "none": Cbq(bits=2, group_size=16, steps=0),
-        "learned": Cbq(bits=2, group_size=16, steps=60),
+        "learned": Cbq(bits=2, group_size=16, steps=120, rounding="full"),
         "w4a8": Cbq(bits=4, group_size=16, steps=20, activation_bits=8),
         "w4a4": Cbq(bits=4, group_size=16, steps=20, activation_bits=4),
     }.items():

@@ -45,11 +45,11 @@ class Cbq(BlockMethod):
     scale_inputs: bool = True
     activation_bits: int | None = None
     settling: float = 0.25  # share of a block's first window in which its steps are learned; rounding is learned after it
-    step_rate: float = 1e-3  # share of a step
-    rounding_rate: float = 1e-2
-    regularization: float = 1e-3
-    divergence: float = 1.0  # weight of the softmax divergence of hidden states
-    steps: int = 240
+    step_rate: float = 1e-2  # share of a step
+    rounding_rate: float = 3e-2
+    regularization: float = 1e-4
+    divergence: float = 0.01  # weight of the softmax divergence of hidden states
+    steps: int = 80
     window: int = 2
     overlap: int = 1
     batch_size: int = 4

@@ -135,7 +135,7 @@ class _Walk:
 
     def _gains(self, group: Tensor, diagonal: Tensor) -> Tensor:
         """How much less the others of its group would lose without each weight, `[rows, columns]`."""
-        rows, columns = group.shape
+        columns = group.shape[1]
         costs = self._costs(group, *fit_range(group, self.method.bits), diagonal)
         gains = torch.empty_like(group)
         for k in range(columns):
