@@ -28,10 +28,7 @@ SETTINGS = {
     "cbq": [{"bits": bits, "rounding": kind} for bits in (3, 2) for kind in ("full", "low_rank")],
     "mixllm": [{"bits": bits, "group_size": 64, "activation_bits": None} for bits in (4, 3, 2)] + [{"bits": 4, "group_size": 64}],
     "fast2bit": [{}, {"share": 0.25}, {"layout": "free"}],
-    "pb_llm": [{}],
-    "ptq161": [{}],
-    "gqsa": [{}],
-    "nupes": [{"bits": 4}, {"bits": 3}],
+    "pb_llm": [{}, {"share": 0.2}, {"share": 0.0}],
     "smoothquant": [{"bits": 8}, {"bits": 8, "granularity": "static"}],
 }
 KEPT = (

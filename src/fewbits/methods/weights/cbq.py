@@ -25,6 +25,8 @@ from fewbits.solvers.outliers import largest_reserved
 from fewbits.statistics.hessian import Hessian
 from fewbits.statistics.ranges import Ranges
 
+_SETTLING = 0.25  # share of a block's first window in which its steps are learned; rounding is learned after it
+
 
 @dataclass(frozen=True)
 class Cbq(BlockMethod):
@@ -44,7 +46,6 @@ class Cbq(BlockMethod):
     truncate: bool = True
     scale_inputs: bool = True
     activation_bits: int | None = None
-    settling: float = 0.25  # share of a block's first window in which its steps are learned; rounding is learned after it
     step_rate: float = 1e-2  # share of a step
     rounding_rate: float = 3e-2
     regularization: float = 1e-4
@@ -153,7 +154,7 @@ class _Rounded(LearnedLinear):
         return self._restored((codes - self._spread(self._buffer("zeros"))) * self._spread(self.scales()))
 
     def advance(self, progress: float, leaving: bool) -> None:
-        if not bool(self._buffer("frozen")) and progress >= self.method.settling:
+        if not bool(self._buffer("frozen")) and progress >= _SETTLING:
             self.freeze()
         # A choice that is made cannot be unmade: choices are pushed only in the last window of a block.
         self.power = annealed_power(progress, warmup=0.4) if leaving and bool(self._buffer("frozen")) else None
