@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 
 import fewbits
 from fewbits.core.errors import InputError
+from fewbits.core.method import BlockMethod, LayerMethod
 from fewbits.core.record import schema
+from fewbits.core.registry import get_method, list_methods
 from fewbits.export import checkpoint
 from fewbits.methods.weights.gptq import Gptq
 from fewbits.methods.weights.rtn import Rtn
@@ -169,6 +171,15 @@ def test_one_block_at_a_time_gives_the_same_numbers(compressed):
     intervals = [one.pop("delta_loss_interval") for one in (whole, streamed)]
     assert whole["kl_mean"] > 0 and streamed == pytest.approx(whole, rel=1e-4, abs=1e-6)
     assert intervals[0] == pytest.approx(intervals[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", [name for family in ("weights", "activations") for name in list_methods(family)])
+def test_what_a_method_stores_is_counted_without_a_model(name):
+    method = get_method(name)()
+    bits = fewbits.api.stored_bits(method)
+    assert bits == fewbits.api.stored_bits(method)  # the same every time
+    if isinstance(method, (LayerMethod, BlockMethod)):
+        assert 1 < sum(bits.values()) < 9 and min(bits.values()) > 0
 
 
 @pytest.mark.slow

@@ -12,13 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from fewbits.core.errors import InputError
-from fewbits.core.method import Method
+from fewbits.core.method import BlockMethod, LayerMethod, Method, Statistics
 from fewbits.core.record import make_record
 from fewbits.data.text import TextSample
 from fewbits.evaluation.embeddings import compare_embeddings, embed
 from fewbits.evaluation.fidelity import score, summarize
 from fewbits.evaluation.streamed import StreamedModel
 from fewbits.export.checkpoint import check_output, is_checkpoint, load_checkpoint, read_record, write_checkpoint
+from fewbits.layers.learned import LearnedLinear
+from fewbits.layers.linear import StoredLinear
 from fewbits.models.source import open_model
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.stream import StreamOptions, compress_model
@@ -109,6 +111,36 @@ def _loss(probe: dict[str, Any] | None) -> str:
             f"the same likeliest token at {probe['top1_agreement']:.1%} of {probe['tokens']} tokens"
         )
     return f"\nMeasured against the original on `{probe['text']['data']}`: {said}.\n"
+
+
+def stored_bits(method: Method, rows: int = 256, columns: int = 512) -> dict[str, float]:
+    """Bits per weight of each kind of stored tensor, counted on one random layer with heavy tails that `method` compresses.
+
+    Empty for methods that compress no single layers. Raises what the method raises.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.02 * torch.randn(rows, columns, generator=generator) / torch.rand(rows, columns, generator=generator).clamp(min=0.05).sqrt()
+    inputs = torch.randn(2 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    statistics = Statistics(*(need(columns) for need in method.needs), tokens=len(inputs))
+    for accumulator in statistics:
+        accumulator.update(inputs)
+    if isinstance(method, LayerMethod):
+        if method.uses_gradients:
+            gradient = torch.randn(rows, columns, generator=generator)
+            statistics.sensitivities = dict(method.rank({"layer": method.sensitivity(weight, gradient)}))
+        tensor = method.compress_group({"layer": weight}, statistics)["layer"]
+        stored = StoredLinear(tensor, method.activation(statistics, tensor))
+    elif isinstance(method, BlockMethod):
+        learned = cast(LearnedLinear, method.begin(weight, None, statistics))
+        learned.harden()
+        stored = learned.finish()
+    else:
+        return {}
+    found: dict[str, float] = {}
+    for name, bits in stored.bits().items():
+        role = name.removeprefix("weight.terms.")
+        found[role] = found.get(role, 0.0) + bits / (rows * columns)
+    return found
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -48,6 +48,7 @@ def show(method: str, as_json: Json = False) -> None:
     """Describe a method: its idea, paper, what is stored, fields and defaults."""
     found = get_method(method)
     described = _described(found) | {"about": (found.__doc__ or "").strip(), "fields": _defaults(found)}
+    described["stored_bits_per_weight"] = api.stored_bits(found())
     if as_json:
         print(json.dumps(described))
         return
@@ -55,6 +56,10 @@ def show(method: str, as_json: Json = False) -> None:
     _out.print(described["about"] + "\n")
     for name, default in described["fields"].items():
         _out.print(f"  {name} = {default}")
+    if bits := described["stored_bits_per_weight"]:
+        _out.print(f"\nStored of a layer of 256 x 512 heavy-tailed weights, {sum(bits.values()):.4f} bits each:")
+        for name, count in bits.items():
+            _out.print(f"  {name}: {count:.4f}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Another term, turned: what it stores by rows becomes columns."""
+"""Another term's transpose: for tensors whose groups run along rows."""
 
 from __future__ import annotations
 
@@ -12,18 +12,14 @@ from fewbits.core.tensor import Term
 
 @dataclass(frozen=True, eq=False)
 class Transposed(Term, kind="transposed"):
-    """The transpose of `term`: shape `[term's columns, term's rows]`.
+    """Stands for the transpose of `inner`."""
 
-    The second level of a two-level grid lies so: scales of consecutive rows share one grid, where a `Uniform` of scales by
-    itself would join consecutive columns.
-    """
-
-    term: Term
+    inner: Term
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self.term.shape
+        rows, columns = self.inner.shape
         return columns, rows
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.term.decode(dtype).T.contiguous()
+        return self.inner.decode(dtype).T

@@ -1,8 +1,7 @@
-"""SpQR: small groups with scales in few bits, and the weights that would cost most kept apart in fp16."""
+"""SpQR: very small groups whose scales are quantized too, and the few weights that would cost too much kept exact."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,39 +9,37 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fewbits.core.checks import check_group_size, check_positive, check_range
+from fewbits.core.checks import check_positive, check_range
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor, Term
 from fewbits.formats.permutation import Permutation
 from fewbits.formats.sparse import Sparse
+from fewbits.formats.transposed import Transposed
 from fewbits.formats.uniform import Uniform
 from fewbits.solvers.error_feedback import Factor, error_feedback, factorize
-from fewbits.solvers.two_level import Lines, fit_range, inner_codes, leave_one_out_gains, quantize_lines, store_lines
+from fewbits.solvers.two_level import SecondLevel, fit_range, fit_second_level, round_with
 from fewbits.statistics.hessian import Hessian
 
 
 @dataclass(frozen=True)
 class Spqr(LayerMethod):
-    """GPTQ on a two-level grid, whose groups are fitted without the few weights that would spoil them.
+    """GPTQ's walk over the columns, with grids refitted every few columns without the weights that are likely outliers.
 
-    A weight that costs more than the threshold, (w - rounded)^2 / U_jj^2 > threshold * mean_j(Var(W_j) / U_jj^2), is an
-    outlier; its error moves nowhere. Stored: one uniform term, its scales and zero points in runs of `second_group` rows at
-    `scale_bits` and `zero_bits` (None: fp16); one sparse term, fp16, of what the outliers' codes leave; with
-    `activation_order` the order of the inputs. A threshold of None or inf keeps no outliers.
-    Departures: a sum of terms, so the sparse value is the updated weight less its code's value; ranges lie no further from
-    zero than they are wide, and runs of equal scales are exact (the official code sets both to [-1, 1]); inputs that were
-    never anything but zero have no outliers. Raises InputError for values out of range.
+    A weight whose rounding would cost more output error than the threshold stays exact. Stored: codes; scales and zero points
+    in few bits, with an fp16 scale and zero point for each tile of `group_size` columns and `second_group` rows; a sparse fp16
+    matrix that adds to an outlier's code value what is missing (so that both together give the weight as updated when its
+    column came); with `activation_order` the order of the columns. `second_bits=None` keeps fp16 scales and zero points.
+    Departures: the page lists them. Raises InputError for values out of range.
     """
 
     bits: int = 3
-    group_size: int | None = 16
-    scale_bits: int | None = 3
-    zero_bits: int | None = 3
+    group_size: int = 16
+    second_bits: int | None = 3
     second_group: int = 16
-    threshold: float | None = 0.2
+    threshold: float | None = 0.2  # of the mean column cost; none keeps no outliers
     damping: float = 0.01
     activation_order: bool = True
-    simplified: bool = False
+    leave_one_out: bool = True
     block_size: int = 128
 
     paper: ClassVar[Paper] = Paper("SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression", "2306.03078", 2023)
@@ -51,13 +48,13 @@ class Spqr(LayerMethod):
 
     def __post_init__(self) -> None:
         check_range("bits", self.bits, 1, 8)
-        check_group_size(self.group_size)
-        for name in ("scale_bits", "zero_bits"):
-            check_range(name, 8 if getattr(self, name) is None else getattr(self, name), 1, 8)
-        check_group_size(self.second_group, "second_group")
-        for name in ("damping", "block_size"):
-            check_positive(name, getattr(self, name), getattr(Spqr, name))
-        check_positive("threshold", math.inf if self.threshold is None else self.threshold, 0.2)
+        check_range("group_size", self.group_size, 2, 10**9)
+        check_range("second_group", self.second_group, 1, 10**9)
+        check_positive("damping", self.damping, 0.01)
+        if self.second_bits is not None:
+            check_range("second_bits", self.second_bits, 1, 8)
+        if self.threshold is not None:
+            check_positive("threshold", self.threshold, 0.2)
 
     def compress(self, weight: Tensor, statistics: Statistics) -> CompressedTensor:
         return self.compress_group({"weight": weight}, statistics)["weight"]
@@ -65,60 +62,88 @@ class Spqr(LayerMethod):
     def compress_group(self, weights: Mapping[str, Tensor], statistics: Statistics) -> dict[str, CompressedTensor]:
         """One Hessian and one factorization serve every linear that reads the same input."""
         hessian = statistics[Hessian].matrix
-        order = None
+        order = torch.arange(len(hessian))
         if self.activation_order:
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
             hessian = hessian[order][:, order]
         factor = factorize(hessian, self.damping, dtype=torch.float32)
-        return {name: self._solve(weight, factor, order) for name, weight in weights.items()}
+        return {name: self._solve(weight[:, order], factor, order) for name, weight in weights.items()}
 
-    def _solve(self, weight: Tensor, factor: Factor, order: Tensor | None) -> CompressedTensor:
-        weight = (weight if order is None else weight[:, order]).masked_fill(factor.dead, 0.0)
-        columns = _Columns(self, weight, factor)
-        error_feedback(weight, factor, columns, block_size=self.block_size, fresh_every=columns.size)
-        scales = store_lines(columns.scales, self.scale_bits, self.second_group)
-        zeros = store_lines(columns.zeros, self.zero_bits, self.second_group)
-        terms: tuple[Term, ...] = (Uniform.from_codes(columns.codes.T, scales, zeros, bits=self.bits, group_size=columns.size),)
-        if bool(columns.outliers.any()):
-            terms += (Sparse.from_dense(columns.left.T, columns.outliers.T),)
-        return CompressedTensor(terms, () if order is None else (Permutation(order.to(torch.int32)),))
+    def _solve(self, weight: Tensor, factor: Factor, order: Tensor) -> CompressedTensor:
+        weight[:, factor.dead] = 0
+        walk = _Walk(self, weight, factor.upper.diagonal())
+        rounded, _ = error_feedback(weight, factor, walk, block_size=self.block_size, fresh_every=self.group_size)
+        scales, zeros = (self._stored(levels) for levels in (walk.scales, walk.zeros))
+        codes = walk.codes.T.contiguous()
+        term = Uniform.from_codes(codes, scales, zeros, bits=self.bits, group_size=min(self.group_size, weight.shape[1]))
+        terms: tuple[Term, ...] = (term,)
+        outliers = walk.outliers.T
+        if bool(outliers.any()):
+            terms = (term, Sparse.from_dense(rounded - term.decode(), outliers))
+        return CompressedTensor(terms, (Permutation(order.to(torch.int32)),) if self.activation_order else ())
+
+    def _stored(self, levels: list[SecondLevel | Tensor]) -> Tensor | Term:
+        """One column of scales, or zero points, for each group, as they are stored: fp16 `[rows, groups]` or a term."""
+        if self.second_bits is None:
+            return torch.stack([one for one in levels if isinstance(one, Tensor)], dim=1).half()
+        second = [one for one in levels if isinstance(one, SecondLevel)]
+        parts = [torch.stack([getattr(one, name) for one in second]) for name in ("codes", "scales", "zeros")]
+        return Transposed(Uniform.from_codes(*parts, bits=self.second_bits, group_size=min(self.second_group, parts[0].shape[1])))
 
 
-class _Columns:
-    """Fills the engine's hook: fits each group as it is reached, rounds, and keeps outliers exact to fp16; one row a column."""
+class _Walk:
+    """Fills the engine's hook: grids at each group's start, outliers column by column."""
 
-    def __init__(self, method: Spqr, weight: Tensor, factor: Factor) -> None:
-        rows, columns = weight.shape
-        self.method, self.size = method, min(method.group_size or columns, columns)
-        # No output depends on a dead input, so none of its weights is worth an fp16 value.
-        self.precision = factor.upper.diagonal().to(weight.dtype).reciprocal().masked_fill(factor.dead, 0.0)
-        # One row has no variance; its squares are as good a measure of its size.
-        spread = weight.var(0) if rows > 1 else weight.square()[0]
-        tau = math.inf if method.threshold is None else method.threshold
-        self.threshold = math.inf if tau == math.inf else tau * float((spread * self.precision.square()).mean())
-        self.scales: list[Lines] = []
-        self.zeros: list[Lines] = []
-        self.codes = torch.empty(columns, rows, dtype=torch.uint8)
-        self.outliers = torch.zeros(columns, rows, dtype=torch.bool)
-        self.left = torch.zeros(columns, rows, dtype=torch.float16)  # what the outliers' codes leave
+    def __init__(self, method: Spqr, weight: Tensor, diagonal: Tensor) -> None:
+        self.method, self.diagonal = method, diagonal  # U_jj of the engine's factor
+        self.codes = torch.empty(weight.shape[1], len(weight), dtype=torch.uint8)
+        self.outliers = torch.zeros(weight.shape[1], len(weight), dtype=torch.bool)
+        self.scales: list[SecondLevel | Tensor] = []
+        self.zeros: list[SecondLevel | Tensor] = []
+        self.limit = torch.inf
+        if method.threshold is not None:
+            self.limit = method.threshold * float((weight.var(0, correction=0) / diagonal.square()).mean())
 
     def __call__(self, j: int, column: Tensor, current: Tensor) -> Tensor:
-        if j % self.size == 0:
-            self._fit(current[:, j : j + self.size], self.precision[j : j + self.size])
-        scale, zero = self.scales[-1].values[0], self.zeros[-1].values[0]
-        code = inner_codes(column, scale, zero, 2**self.method.bits - 1)
-        self.codes[j] = code.to(torch.uint8)
-        value = (code - zero) * scale
-        left = column - value
-        self.outliers[j] = (left * self.precision[j]).square() > self.threshold
-        self.left[j] = torch.where(self.outliers[j], left, 0.0).half()
-        return value + self.left[j].float()
+        if j % self.method.group_size == 0:
+            self._fit(current[:, j : j + self.method.group_size], self.diagonal[j : j + self.method.group_size])
+        codes = round_with(column, self.scale, self.zero, self.method.bits)
+        value = (codes - self.zero) * self.scale
+        outlier = ((column - value) / self.diagonal[j]).square() > self.limit
+        self.outliers[j] = outlier
+        # An outlier's code is that of zero, or of what is nearest to it on the row's grid.
+        at_zero = round_with(torch.zeros_like(column), self.scale, self.zero, self.method.bits)
+        self.codes[j] = torch.where(outlier, at_zero, codes).to(torch.uint8)
+        exact = (at_zero - self.zero) * self.scale
+        exact = exact + (column - exact).half().float()  # what the sparse part can hold
+        return torch.where(outlier, exact, value)
 
-    def _fit(self, group: Tensor, precision: Tensor) -> None:
-        method = self.method
-        spoilers = None
-        if not method.simplified and self.threshold < math.inf:
-            spoilers = leave_one_out_gains(group, precision, method.bits) > self.threshold
-        scale, zero = fit_range(group, method.bits, spoilers)
-        self.scales.append(quantize_lines(scale.T, method.scale_bits, method.second_group))
-        self.zeros.append(quantize_lines(zero.T, method.zero_bits, method.second_group))
+    def _fit(self, group: Tensor, diagonal: Tensor) -> None:
+        keep = None
+        if self.limit < torch.inf and self.method.leave_one_out and group.shape[1] > 1:
+            keep = self._gains(group, diagonal) <= self.limit
+        scale, zero = fit_range(group, self.method.bits, keep)
+        if self.method.second_bits is None:
+            self.scale, self.zero = scale.half().float(), zero.half().float()
+            self.scales.append(self.scale)
+            self.zeros.append(self.zero)
+            return
+        second = [fit_second_level(values, self.method.second_bits, self.method.second_group) for values in (scale, zero)]
+        self.scale, self.zero = (one.values for one in second)
+        self.scales.append(second[0])
+        self.zeros.append(second[1])
+
+    def _gains(self, group: Tensor, diagonal: Tensor) -> Tensor:
+        """How much less the others of its group would lose without each weight, `[rows, columns]`."""
+        columns = group.shape[1]
+        costs = self._costs(group, *fit_range(group, self.method.bits), diagonal)
+        gains = torch.empty_like(group)
+        for k in range(columns):
+            others = torch.arange(columns) != k
+            less = self._costs(group[:, others], *fit_range(group[:, others], self.method.bits), diagonal[others])
+            gains[:, k] = costs.sum(1) - less.sum(1)
+        return gains
+
+    def _costs(self, group: Tensor, scale: Tensor, zero: Tensor, diagonal: Tensor) -> Tensor:
+        codes = round_with(group, scale[:, None], zero[:, None], self.method.bits)
+        return (((codes - zero[:, None]) * scale[:, None] - group) / diagonal).square()
