@@ -26,8 +26,9 @@ SETTINGS = {
     "squeezellm": [{"bits": 4}, {"bits": 3}, {"bits": 2}, {"bits": 3, "sensitive": 0.0, "outliers": 0.0}],
     "decoupleq": [*GROUPS, {"bits": 2, "group_size": 64, "steps": 0}],
     "cbq": [{"bits": bits, "rounding": kind} for bits in (3, 2) for kind in ("full", "low_rank")],
-    "mixllm": [{"bits": bits, "group_size": 64, "activation_bits": None} for bits in (4, 3, 2)] + [{"bits": 4, "group_size": 64}],
-    "fast2bit": [{}, {"share": 0.25}, {"layout": "free"}],
+    "mixllm": [{"bits": bits, "group_size": 64, "activation_bits": None} for bits in (4, 3, 2)]
+    + [{"bits": 3, "more_bits": 4, "share": 0.25, "group_size": 64, "activation_bits": None}, {"bits": 4, "group_size": 64}],
+    "fast2bit": [{}, {"layout": "free"}, {"group_size": 32}, {"group_size": 64}, {"group_size": 64, "layout": "free"}],
     "pb_llm": [{}, {"share": 0.2}, {"share": 0.0}],
     "smoothquant": [{"bits": 8}, {"bits": 8, "granularity": "static"}],
 }

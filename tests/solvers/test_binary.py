@@ -33,6 +33,7 @@ def test_both_together_can_only_do_better():
     both = [value.clone().requires_grad_() for value in fit_binary(weight, mask, fit="least_squares")]
     best = error(weight, mask, signs, *both)
     best.sum().backward()
+    best = best.detach()
     assert max(float(value.grad.abs().max()) for value in both) < 1e-10
     assert bool((best <= error(weight, mask, signs, mu, alpha)).all()) and float(best.sum()) < float(
         error(weight, mask, signs, mu, alpha).sum()
