@@ -22,7 +22,7 @@ SETTINGS = {
     "gptq": CURVE,
     "awq": GROUPS,
     "hqq": GROUPS,
-    "spqr": [{"bits": 4}, {"bits": 3}, {"bits": 3, "threshold": 0.7}, {"bits": 2}, {"bits": 2, "threshold": 0.7}],
+    "spqr": [{"bits": 4}, {"bits": 3}, {"bits": 3, "threshold": 0.7}, {"bits": 2, "threshold": 1.0}],
     "squeezellm": [{"bits": 4}, {"bits": 3}, {"bits": 2}, {"bits": 3, "sensitive": 0.0, "outliers": 0.0}],
     "decoupleq": [*GROUPS, {"bits": 2, "group_size": 64, "steps": 0}],
     "cbq": [{"bits": bits, "rounding": kind} for bits in (3, 2) for kind in ("full", "low_rank")],

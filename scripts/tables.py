@@ -24,14 +24,14 @@ def table(path: Path) -> str:
     curves = {name: _curve(path.parent / f"{name}.json") for name in ("gptq", "rtn") if (path.parent / f"{name}.json").is_file()}
     curves = {name: curve for name, curve in curves.items() if name != result.get("method")}
     heads = ["method", "bits per weight", "perplexity", "loss difference to dense, 95% interval", "KL", "same top token"]
-    heads += [f"KL of {name} at these bits" for name in curves] + (["seconds", "peak MB"] if "seconds" in rows[0] else [])
+    heads += [f"KL of {name} at these bits" for name in curves] + (["seconds", "peak MB"] if "peak_memory_bytes" in rows[0] else [])
     cells = [["dense", "16", f"{rows[0]['reference_perplexity']:.2f}"] + [""] * (len(heads) - 3)]
     for row in rows:
         low, high = row["delta_loss_interval"]
         line = [_name(row, result), f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f}"]
         line += [f"{row['delta_loss']:+.4f} [{low:+.4f}, {high:+.4f}]", f"{row['kl_mean']:.4f}", f"{row['top1_agreement']:.3f}"]
         line += [at_bits(curve, row["bits_per_weight"]) for curve in curves.values()]
-        line += [f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"] if "seconds" in rows[0] else []
+        line += [f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"] if "peak_memory_bytes" in rows[0] else []
         cells.append(line)
     return _markdown(heads, cells)
 

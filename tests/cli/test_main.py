@@ -26,6 +26,8 @@ def test_methods_and_show_speak_json_and_prose(run):
     assert json.loads(output)["fields"]["damping"] == 0.01 and json.loads(output)["needs"] == ["hessian"]
     assert "activation_order = False" in run("show", "gptq")[1]
     assert "2210.17323" in run("methods")[1]
+    assert "terms.0.zero_points: " in run("show", "gptq")[1]
+    assert json.loads(run("show", "pb_llm", "--json")[1])["stored_bits_per_weight"]
 
 
 def test_compress_evaluate_and_generate_from_end_to_end(run, tmp_path):
@@ -38,6 +40,22 @@ def test_compress_evaluate_and_generate_from_end_to_end(run, tmp_path):
     assert status == 0 and json.loads(output)["results"]["kl_mean"] > 0
     status, output, _ = run("generate", out, "--prompt", "def ", "--max-new-tokens", 4)
     assert status == 0 and output.startswith("def ")
+
+
+def test_documents_probes_and_streams_are_options(run, tmp_path):
+    texts = [json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n" * (i % 3 + 1)}) for i in range(12)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
+    given = ("--data", tmp_path / "texts.jsonl", "--seq-len", 24, "--json")
+    results = {}
+    for name, options in (("folded", ()), ("apart", ("--no-fold",))):
+        made = run("compress", "builtin:tiny-lm", "-m", "awq", "-o", tmp_path / name, "--separate", "--probe", "none", *options, *given)
+        assert made[0] == 0
+        results[name] = json.loads(made[1])["results"]
+    assert len(results["folded"]["replaced"]) == 16 and results["apart"]["replaced"] == [] and "probe" not in results["folded"]
+    assert results["folded"]["bits_per_weight"] < results["apart"]["bits_per_weight"]
+    seen = [run("evaluate", tmp_path / name, "--windows", 4, *extra, *given) for name in results for extra in ((), ("--streamed",))]
+    perplexities = [json.loads(output)["results"]["perplexity"] for _, output, _ in seen]
+    assert perplexities == pytest.approx([perplexities[0]] * 4, rel=1e-3)
 
 
 @pytest.mark.parametrize(

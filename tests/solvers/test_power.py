@@ -86,8 +86,13 @@ def test_layers_of_a_real_model_gain():
     for name, (exponent, gain) in found.items():
         print(f"{name}: exponent {exponent:.3f}, {gain:.3f} of uniform")
     assert all(exponent < 1 for exponent, _ in found.values())
-    gains = sorted(gain for _, gain in found.values())
-    assert gains[-1] < 0.9 and 0.5 <= gains[len(gains) // 2] <= 0.85
+    # Most layers of this model are as Gaussian as noise, and rows of 256 are short: they gain 17 to 18%, as noise of their
+    # shape does; the layers with tails, down_proj, gain the 20 to 50% of the specification.
+    assert all(0.5 < gain < 0.85 for _, gain in found.values())
+    assert all(0.5 < gain < 0.8 for name, (_, gain) in found.items() if name.endswith("down_proj"))
+    noise = ratio(sample("gaussian", 256, 256), 4)[1]
+    print(f"Gaussian noise 256x256: {noise:.3f} of uniform")
+    assert all(gain < noise + 0.02 for _, gain in found.values())
 
 
 def gradients(exponent, bits=4):

@@ -13,9 +13,14 @@ from fewbits.core.tensor import Transform
 
 @dataclass(frozen=True, eq=False)
 class Permutation(Transform, kind="permutation"):
-    """`order [features]`, int32: every index once."""
+    """`order [features]`, integers: every index once."""
 
     order: Tensor
+
+    @classmethod
+    def from_order(cls, order: Tensor) -> Permutation:
+        """`order [features]` in the narrowest dtype: int16 up to 32768 features, else int32."""
+        return cls(order.to(torch.int16 if order.numel() <= 2**15 else torch.int32))
 
     def __post_init__(self) -> None:
         expected = torch.arange(self.order.numel(), dtype=self.order.dtype, device=self.order.device)

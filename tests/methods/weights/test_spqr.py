@@ -35,11 +35,11 @@ def test_bits_follow_the_formula(rows):
     count = rows * 512
     # Codes of scales and zero points are stored by group, padded to bytes: 256 x 3 bits fit, 250 x 3 do not.
     second = 2 * 32 * (8 * -(-rows * 3 // 8))
-    expected = 3 * count + second + 2 * 32 * runs * 32 + entries * 32 + 32 * (rows + 1) + 32 * 512
+    expected = 3 * count + second + 2 * 32 * runs * 32 + entries * 32 + 32 * (rows + 1) + 16 * 512
     assert sum(tensor.bits().values()) == expected
     if rows == 256:
         paper = 3 + 6 / 16 + 64 / 256 + 32 * entries / count
-        assert tensor.bits_per_weight() == pytest.approx(paper + 32 * (rows + 1) / count + 32 * 512 / count, rel=1e-9)
+        assert tensor.bits_per_weight() == pytest.approx(paper + 32 * (rows + 1) / count + 16 * 512 / count, rel=1e-9)
     assert torch.equal(from_stored(tensor.settings(), tensor.tensors()).decode(), tensor.decode())
 
 

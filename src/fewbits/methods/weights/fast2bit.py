@@ -134,7 +134,7 @@ class Fast2bit(LayerMethod):
         if bool(removed.any()):
             terms = (dense, Sparse.from_dense(rounded - dense.decode(), removed))
         permuted = self.layout == "aligned" and bool(strong.any())
-        return CompressedTensor(terms, (Permutation(order.to(torch.int32)),) if permuted else ())
+        return CompressedTensor(terms, (Permutation.from_order(order),) if permuted else ())
 
     def _outliers(self, weight: Tensor, strong: Tensor) -> Tensor:
         """bool, the shape of `weight`: the largest magnitudes, inside 2-bit groups only."""

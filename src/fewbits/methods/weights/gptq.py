@@ -24,7 +24,7 @@ class Gptq(LayerMethod):
     Stored: one uniform term with fp16 scales and integer zero points (none if symmetric). With `group_size=None` grids are
     fitted once, on the original weight; dynamic groups are fitted on the weight as updated so far, static groups on the
     original. `activation_order` visits columns by falling diag(H); with dynamic groups these are neighbours in that order,
-    so codes are stored in it inside a permutation of the input (int32, one index a feature); static groups store nothing more.
+    so codes are stored in it inside a permutation of the input (one int16 index a feature); static groups store nothing more.
     Departures: factors in float64; scales are rounded to fp16 before codes are chosen. Raises InputError for values out of range.
     """
 
@@ -73,7 +73,7 @@ class Gptq(LayerMethod):
         codes[:, torch.arange(columns) if permuted else order] = grid.codes.T
         zero_points = None if self.symmetric else grid.zeros.T.to(torch.uint8)
         term = Uniform.from_codes(codes, grid.scales.T.contiguous().half(), zero_points, bits=self.bits, group_size=size)
-        return CompressedTensor((term,), (Permutation(order.to(torch.int32)),) if permuted else ())
+        return CompressedTensor((term,), (Permutation.from_order(order),) if permuted else ())
 
 
 class _Grid:

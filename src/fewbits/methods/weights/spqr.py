@@ -80,7 +80,7 @@ class Spqr(LayerMethod):
         outliers = walk.outliers.T
         if bool(outliers.any()):
             terms = (term, Sparse.from_dense(rounded - term.decode(), outliers))
-        return CompressedTensor(terms, (Permutation(order.to(torch.int32)),) if self.activation_order else ())
+        return CompressedTensor(terms, (Permutation.from_order(order),) if self.activation_order else ())
 
     def _stored(self, levels: list[SecondLevel | Tensor]) -> Tensor | Term:
         """One column of scales, or zero points, for each group, as they are stored: fp16 `[rows, groups]` or a term."""
