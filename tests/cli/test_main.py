@@ -26,7 +26,7 @@ def test_methods_and_show_speak_json_and_prose(run):
     assert json.loads(output)["fields"]["damping"] == 0.01 and json.loads(output)["needs"] == ["hessian"]
     assert "activation_order = False" in run("show", "gptq")[1]
     assert "2210.17323" in run("methods")[1]
-    assert "terms.0.zero_points: " in run("show", "gptq")[1]
+    assert "0.zero_points: " in run("show", "gptq")[1]
     assert json.loads(run("show", "pb_llm", "--json")[1])["stored_bits_per_weight"]
 
 
@@ -54,8 +54,9 @@ def test_documents_probes_and_streams_are_options(run, tmp_path):
     assert len(results["folded"]["replaced"]) == 16 and results["apart"]["replaced"] == [] and "probe" not in results["folded"]
     assert results["folded"]["bits_per_weight"] < results["apart"]["bits_per_weight"]
     seen = [run("evaluate", tmp_path / name, "--windows", 4, *extra, *given) for name in results for extra in ((), ("--streamed",))]
-    perplexities = [json.loads(output)["results"]["perplexity"] for _, output, _ in seen]
-    assert perplexities == pytest.approx([perplexities[0]] * 4, rel=1e-3)
+    folded, folded_streamed, apart, apart_streamed = [json.loads(output)["results"]["perplexity"] for _, output, _ in seen]
+    assert folded == pytest.approx(folded_streamed, rel=1e-3) and apart == pytest.approx(apart_streamed, rel=1e-3)
+    assert folded == pytest.approx(apart, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,6 @@ class _Open:
         self.learned: dict[str, LearnedLinear] = {}
         self.moments: dict[str, tuple[Tensor | None, int]] = {}
         self.norms: dict[str, nn.Parameter] = {}
-        self.groups: list[tuple[str, ...]] = []  # names of linears that read one tensor
 
 
 class _Windows:
@@ -117,7 +116,6 @@ class _Windows:
             moment = second_moment(statistics)
             block.learned |= self._stand_ins({name: block.linears[name] for name in group}, statistics)
             block.moments |= dict.fromkeys(group, (moment, tokens))
-            block.groups.append(group)
         block.learned = {name: block.learned[name] for name in block.linears}
 
     def _stand_ins(self, linears: Mapping[str, nn.Module], statistics: Statistics) -> dict[str, LearnedLinear]:
