@@ -18,6 +18,7 @@ from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.methods.weights.gptq import Gptq
 from fewbits.models.source import open_model
 from fewbits.pipeline.plan import Plan
+from fewbits.pipeline.store import Store
 from fewbits.pipeline.stream import StreamOptions, compress_model
 from fewbits.statistics.hessian import Hessian
 
@@ -112,6 +113,25 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(folder, tmp_path, meth
             compress_model(source, Plan(method), WINDOWS, tmp_path / f"{stop_at}", StreamOptions(progress=stop))
         compress_model(source, Plan(method), WINDOWS, tmp_path / f"{stop_at}")
         assert contents(tmp_path / f"{stop_at}") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", [Scales(steps=4, window=2, overlap=1), Scales(steps=4, window=2)])
+def test_a_stop_between_blocks_that_leave_together_is_made_good(folder, tmp_path, monkeypatch, method):
+    source = open_model(folder)
+    compress_model(source, Plan(method), WINDOWS, tmp_path / "whole")
+    write = Store.write_block
+
+    def stop_before_the_last(store, block, *rest):
+        if block == 3:
+            raise KeyboardInterrupt
+        write(store, block, *rest)
+
+    monkeypatch.setattr(Store, "write_block", stop_before_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        compress_model(source, Plan(method), WINDOWS, tmp_path / "stopped")
+    monkeypatch.undo()
+    compress_model(source, Plan(method), WINDOWS, tmp_path / "stopped")
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
 def test_norms_are_trained_and_stored_where_that_is_asked_for(folder, tmp_path):

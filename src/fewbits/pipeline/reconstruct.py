@@ -65,7 +65,8 @@ class _Windows:
         done = self.store.finished()
         if done == len(self.feed.blocks):
             return
-        start = done - done % stride
+        # Of blocks that leave a window together some may be stored and others not: their window is trained again.
+        start = max(block for block in range(done + 1) if block == 0 or self._is_kept(block))
         dense = mixed = self.feed.keep(self.store, 0, self.feed.first_inputs(), _MIXED)
         if start:
             dense, mixed = (self.feed.kept(self.store, start, stream) for stream in (_DENSE, _MIXED))
@@ -80,6 +81,9 @@ class _Windows:
             start += len(leaving)
             pace = (time.monotonic() - began) / (start - first)
             report(self.feed.options.progress, start - 1, len(self.feed.blocks), self.store.manifest(start - 1)["layers"], pace)
+
+    def _is_kept(self, block: int) -> bool:
+        return all(self.store.has_activations(block, stream) for stream in (_DENSE, _MIXED))
 
     def _train_window(self, names: Sequence[str], leaving: Sequence[str], dense: Tensor, mixed: Tensor, same: bool) -> None:
         self._load(names)

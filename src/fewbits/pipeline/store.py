@@ -127,6 +127,9 @@ class Store:
         hidden = torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
         return hidden if mapped else hidden.clone()
 
+    def has_activations(self, block: int, stream: str = "") -> bool:
+        return self._activation_path(block, stream).exists()
+
     def drop_activations(self, keep: int) -> None:
         """Remove the inputs of all blocks but `keep`."""
         for path in self.folder.glob("activations-*.bin"):
