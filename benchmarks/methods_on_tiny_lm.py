@@ -30,6 +30,7 @@ SETTINGS = {
     + [{"bits": 3, "more_bits": 4, "share": 0.25, "group_size": 64, "activation_bits": None}, {"bits": 4, "group_size": 64}],
     "fast2bit": [{}, {"layout": "free"}, {"group_size": 32}, {"group_size": 64}, {"group_size": 64, "layout": "free"}],
     "pb_llm": [{}, {"share": 0.2}, {"share": 0.0}],
+    "nupes": [{"bits": bits, "steps": steps} for bits in (4, 3) for steps in (0, 120)],
     "smoothquant": [{"bits": 8}, {"bits": 8, "granularity": "static"}],
 }
 KEPT = (

@@ -54,6 +54,18 @@ def factorize(hessian: Tensor, damping: float = 0.01, dtype: torch.dtype = torch
     raise NumericsError(f"the Hessian could not be factored, even with damping {used:g}; are the layer's inputs meaningful?")
 
 
+def factorize_ordered(hessian: Tensor, damping: float, by_strength: bool, dtype: torch.dtype = torch.float32) -> tuple[Factor, Tensor]:
+    """The factor of `hessian [columns, columns]` in the order in which columns are to be visited, and that order.
+
+    `by_strength`: by falling diagonal (GPTQ's activation order), else as they come.
+    """
+    order = torch.arange(len(hessian))
+    if by_strength:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        hessian = hessian[order][:, order]
+    return factorize(hessian, damping, dtype), order
+
+
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
     """U with matrix^-1 = U^T U, in the memory of the symmetric `matrix` (float64); None where there is none.
 

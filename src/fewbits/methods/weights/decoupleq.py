@@ -16,7 +16,7 @@ from fewbits.formats.ranges import fit_groups
 from fewbits.formats.uniform import Uniform
 from fewbits.layers.learned import LearnedLinear
 from fewbits.layers.linear import StoredLinear
-from fewbits.solvers.error_feedback import Factor, error_feedback, factorize
+from fewbits.solvers.error_feedback import Factor, error_feedback, factorize_ordered
 from fewbits.solvers.scale_fit import fit_levels, minimize_in_box, row_losses
 from fewbits.statistics.hessian import Hessian
 
@@ -64,9 +64,7 @@ class Decoupleq(BlockMethod):
     def begin_group(
         self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor | None], statistics: Statistics
     ) -> dict[str, nn.Module]:
-        hessian = statistics[Hessian].matrix
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        factor = factorize(hessian[order][:, order], self.damping)
+        factor, order = factorize_ordered(statistics[Hessian].matrix, self.damping, True, torch.float64)
         inverse = torch.argsort(order)
         damped = factor.hessian[inverse][:, inverse]  # everything below is measured with the matrix that was factored
         return {name: _Levels(self, *self._solve(weight, damped, factor, order)[:3], biases[name]) for name, weight in weights.items()}

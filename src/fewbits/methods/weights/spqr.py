@@ -16,7 +16,7 @@ from fewbits.formats.permutation import Permutation
 from fewbits.formats.sparse import Sparse
 from fewbits.formats.transposed import Transposed
 from fewbits.formats.uniform import Uniform
-from fewbits.solvers.error_feedback import Factor, error_feedback, factorize
+from fewbits.solvers.error_feedback import Factor, error_feedback, factorize_ordered
 from fewbits.solvers.two_level import SecondLevel, fit_range, fit_second_level, round_with
 from fewbits.statistics.hessian import Hessian
 
@@ -61,12 +61,7 @@ class Spqr(LayerMethod):
 
     def compress_group(self, weights: Mapping[str, Tensor], statistics: Statistics) -> dict[str, CompressedTensor]:
         """One Hessian and one factorization serve every linear that reads the same input."""
-        hessian = statistics[Hessian].matrix
-        order = torch.arange(len(hessian))
-        if self.activation_order:
-            order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-            hessian = hessian[order][:, order]
-        factor = factorize(hessian, self.damping, dtype=torch.float32)
+        factor, order = factorize_ordered(statistics[Hessian].matrix, self.damping, self.activation_order)
         return {name: self._solve(weight[:, order], factor, order) for name, weight in weights.items()}
 
     def _solve(self, weight: Tensor, factor: Factor, order: Tensor) -> CompressedTensor:
