@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -113,6 +113,34 @@ class LayerMethod(Method, ABC):
         return sensitivities
 
 
+@dataclass(frozen=True)
+class Restoration:
+    """A repair of the model between two runs of a block method (PTQ1.61, section 3.4).
+
+    The model is compressed once; low-rank adapters on its compressed weights ("quantized"; "dense": on the original ones, for
+    comparison) are trained on the calibration text and merged; what comes out is compressed in the place of the original.
+    """
+
+    steps: int
+    rank: int = 64
+    rate: float = 1e-4
+    start: Literal["quantized", "dense"] = "quantized"
+    batch_size: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Training of the whole compressed model on the calibration text: codes stay, the tensors called `tensors` are learned."""
+
+    steps: int
+    rate: float = 2e-5
+    tensors: tuple[str, ...] = ("scales",)
+    batch_size: int = 4
+    clip: float = 0.3
+    seed: int = 0
+
+
 class BlockMethod(Method, ABC):
     """Learns the linears of one block, or of a window of neighbouring blocks, against the dense blocks' own outputs.
 
@@ -139,6 +167,14 @@ class BlockMethod(Method, ABC):
     def loss(self, outputs: Tensor, dense: Tensor, mixed: Tensor) -> Tensor:
         """Of the window's `outputs`; targets are the dense window's on the dense model's inputs, and on the same inputs as here."""
         return (outputs.float() - mixed.float()).square().mean()
+
+    def restoration(self) -> Restoration | None:
+        """What repairs the model before it is compressed (pipeline/restore.py), or None."""
+        return None
+
+    def tuning(self) -> Tuning | None:
+        """How the whole model is trained once all blocks are compressed (pipeline/tune.py), or None."""
+        return None
 
 
 class RewriteMethod(Method, ABC):

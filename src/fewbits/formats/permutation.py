@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Transform
+from fewbits.formats.packing import pack, unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,36 @@ class Permutation(Transform, kind="permutation"):
 
     def transpose(self) -> Permutation:
         return Permutation(torch.argsort(self.order).to(self.order.dtype))
+
+    def inverse(self) -> Permutation:
+        return self.transpose()
+
+
+@dataclass(frozen=True, eq=False)
+class Partition(Transform, kind="partition"):
+    """Chosen features first, the others after them, both in their old order: one bit a feature. Made by `from_mask`."""
+
+    bits_set: Tensor  # uint8 [bytes]
+    features: int
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Partition:
+        """`mask [features]`, bool: which features come first."""
+        return cls(pack(mask.to(torch.uint8)[None], 1)[0], mask.numel())
+
+    def mask(self) -> Tensor:
+        """bool `[features]`."""
+        return unpack(self.bits_set[None], 1, self.features)[0].bool()
+
+    def order(self) -> Tensor:
+        """int64 `[features]`: the old place of every feature."""
+        return torch.argsort((~self.mask()).to(torch.uint8), stable=True)
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        return vectors[..., self.order()]
+
+    def transpose(self) -> Permutation:
+        return Permutation.from_order(self.order()).transpose()
 
     def inverse(self) -> Permutation:
         return self.transpose()

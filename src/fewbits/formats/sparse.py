@@ -57,7 +57,8 @@ class Pattern(Term, kind="pattern"):
     """Of every `span` units of `unit` neighbouring columns, each row keeps `kept`; what is kept is itself a term.
 
     2:4 sparsity is kept=2, span=4, unit=1; group sparsity keeps whole groups, unit=group_size. `values` is a term of shape
-    `[rows, spans * kept * unit]`; `positions` are packed numbers 0..span-1, ascending in each span. Made by `from_mask`.
+    `[rows, spans * kept * unit]`; `positions` are packed numbers 0..span-1, ascending in each span. Where the columns end
+    inside the last unit, its values beyond them are stored and mean nothing. Made by `from_mask`.
     """
 
     values: Term
@@ -68,8 +69,10 @@ class Pattern(Term, kind="pattern"):
     unit: int
 
     @classmethod
-    def from_mask(cls, mask: Tensor, values: Term, *, kept: int, span: int, unit: int = 1) -> Pattern:
-        """`mask [rows, columns / unit]`: exactly `kept` of every `span` are true; `values` holds the kept columns in order.
+    def from_mask(cls, mask: Tensor, values: Term, *, kept: int, span: int, unit: int = 1, columns: int | None = None) -> Pattern:
+        """`mask [rows, units]`: exactly `kept` of every `span` are true; `values` holds the kept columns in order.
+
+        `columns` is units * unit, or less by a part of the last unit.
 
         Raises InputError where the mask breaks the pattern or the shapes disagree.
         """
@@ -80,8 +83,11 @@ class Pattern(Term, kind="pattern"):
             raise InputError(f"the mask does not keep exactly {kept} of every {span}")
         if values.shape != (rows, units // span * kept * unit):
             raise InputError(f"values {list(values.shape)} do not fit; [{rows}, {units // span * kept * unit}] would")
+        columns = units * unit if columns is None else columns
+        if not (units - 1) * unit < columns <= units * unit:
+            raise InputError(f"{columns} columns do not fit {units} units of {unit}")
         positions = mask.nonzero()[:, 1].reshape(rows, -1) % span
-        return cls(values, pack(positions, _width(span)), units * unit, kept, span, unit)
+        return cls(values, pack(positions, _width(span)), columns, kept, span, unit)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,8 +95,9 @@ class Pattern(Term, kind="pattern"):
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         values = self.values.decode(dtype)
-        matrix = torch.zeros(self.shape, dtype=dtype, device=values.device)
-        return matrix.scatter_(1, self.kept_columns(), values)
+        padded = -(-self.columns // self.unit) * self.unit
+        matrix = torch.zeros(self.shape[0], padded, dtype=dtype, device=values.device)
+        return matrix.scatter_(1, self.kept_columns(), values)[:, : self.columns]
 
     def kept_columns(self) -> Tensor:
         """int64 `[rows, spans * kept * unit]`: the column of every kept value."""

@@ -106,6 +106,11 @@ class Store:
         with safe_open(self._state_path(name), "pt") as file:
             return {key: file.get_tensor(key) for key in (file.keys() if only is None else only)}
 
+    def state_names(self, name: str) -> list[str]:
+        """What the tensors kept as `name` are called."""
+        with safe_open(self._state_path(name), "pt") as file:
+            return list(file.keys())
+
     def drop_state(self, name: str) -> None:
         self._state_path(name).unlink(missing_ok=True)
 

@@ -26,7 +26,9 @@ from fewbits.pipeline.gradients import gather_sensitivities
 from fewbits.pipeline.memory import return_freed_memory
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.reconstruct import reconstruct_blocks
+from fewbits.pipeline.restore import restored
 from fewbits.pipeline.store import Store
+from fewbits.pipeline.tune import tune_blocks
 
 __all__ = ["StreamOptions", "StreamSummary", "compress_model"]
 _SENSITIVITIES = "sensitivities"
@@ -88,13 +90,33 @@ def compress_model(
     shell = source.shell()
     kept = Adapter(shell).kept | _kept_by_plan(Adapter(shell), plan)
     store = Store(work, _settings(source, plan, windows, mask, options))
-    feed = Feed(source, shell, windows, mask, options)
     with torch.no_grad():
         if isinstance(plan.method, BlockMethod):
-            reconstruct_blocks(plan, feed, store)
+            blocks = _compress_by_blocks(source, plan, plan.method, store, (windows, mask), options)
         else:
+            feed = Feed(source, shell, windows, mask, options)
             _Run(plan, feed, store).compress_blocks()
-    return StreamSummary(store, len(feed.blocks), kept)
+            blocks = len(feed.blocks)
+    return StreamSummary(store, blocks, kept)
+
+
+def _compress_by_blocks(
+    source: ModelSource, plan: Plan, method: BlockMethod, store: Store, text: tuple[Tensor, Tensor | None], options: StreamOptions
+) -> int:
+    """Repair where the method asks for it, reconstruct block by block, tune the whole where it asks for that; how many blocks."""
+
+    def compress(target: Store, model: ModelSource = source) -> int:
+        feed = Feed(model, model.shell(), *text, options)
+        reconstruct_blocks(plan, feed, target)
+        return len(feed.blocks)
+
+    restoration, tuning = method.restoration(), method.tuning()
+    if restoration is not None and restoration.steps:
+        source = restored(source, plan, restoration, store, compress, text, options.progress)
+    blocks = compress(store, source)
+    if tuning is not None and tuning.steps:
+        tune_blocks(source, tuning, store, blocks, text, options.progress)
+    return blocks
 
 
 def _settings(source: ModelSource, plan: Plan, windows: Tensor, mask: Tensor | None, options: StreamOptions) -> dict[str, Any]:
