@@ -49,10 +49,8 @@ class Positions(Part, kind="positions"):
     def from_mask(cls, mask: Tensor) -> Positions:
         """`mask [rows, columns]`, bool."""
         indices, width = mask.nonzero()[:, 1].int(), _index_width(mask.shape[1])
-        # Indices of more than 8 bits do not fit the packing of codes: their bits are packed one by one.
-        stream = (indices[:, None] >> torch.arange(width, dtype=torch.int32, device=mask.device)) & 1
         pointers = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-        return cls(pack(stream.to(torch.uint8).reshape(1, -1), 1)[0], pointers, mask.shape[1])
+        return cls(pack(indices[None], width)[0], pointers, mask.shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,9 +60,8 @@ class Positions(Part, kind="positions"):
         """bool `[rows, columns]`."""
         width, counts = _index_width(self.columns), self.row_pointers.long().diff()
         entries = int(counts.sum())
-        stream = unpack(self.column_indices[None], 1, entries * width).reshape(entries, width).int()
-        indices = (stream << torch.arange(width, dtype=torch.int32, device=stream.device)).sum(1)
-        mask = torch.zeros(self.shape, dtype=torch.bool, device=stream.device)
+        indices = unpack(self.column_indices[None], width, entries)[0].long()
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=indices.device)
         mask[torch.repeat_interleave(counts), indices] = True
         return mask
 

@@ -16,7 +16,7 @@ def packed_width(columns: int, bits: int) -> int:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """`codes [rows, columns]`, integers in 0..2**bits-1, to uint8 `[rows, packed_width]`.
 
-    Bit k of a row's stream is bit k % 8 of byte k // 8. Raises InputError for a width outside 1..8 or a code out of range.
+    Bit k of a row's stream is bit k % 8 of byte k // 8. Raises InputError for a width outside 1..24 or a code out of range.
     """
     _check_width(bits)
     if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= 2**bits):
@@ -30,28 +30,33 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
-    shifts = torch.arange(bits, device=codes.device, dtype=torch.uint8)
-    stream = ((codes.to(torch.uint8)[:, :, None] >> shifts) & 1).reshape(rows, columns * bits)
+    narrow = torch.uint8 if bits <= 8 else torch.int32
+    shifts = torch.arange(bits, device=codes.device, dtype=narrow)
+    stream = ((codes.to(narrow)[:, :, None] >> shifts) & 1).to(torch.uint8).reshape(rows, columns * bits)
     width = packed_width(columns, bits)
     stream = torch.nn.functional.pad(stream, (0, width * 8 - columns * bits)).reshape(rows, width, 8)
     return (stream << torch.arange(8, device=codes.device, dtype=torch.uint8)).sum(-1).to(torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """The inverse of `pack`: uint8 codes `[rows, columns]`."""
+    """The inverse of `pack`: codes `[rows, columns]`, uint8 up to 8 bits and int32 above."""
     _check_width(bits)
     width = packed.shape[1]
     if width != packed_width(columns, bits):
         raise InputError(f"rows of {width} bytes cannot hold {columns} codes of {bits} bits; {packed_width(columns, bits)} would")
     if bits == 8:
         return packed
-    # A code spans at most two neighbouring bytes: gather both as one 16-bit word and shift it out.
     starts = torch.arange(columns, device=packed.device) * bits
+    if bits > 8:  # a code spans at most four neighbouring bytes
+        wide = torch.nn.functional.pad(packed, (0, 3)).long()
+        words = sum((wide[:, starts // 8 + byte] << (8 * byte) for byte in range(1, 4)), wide[:, starts // 8])
+        return ((words >> (starts % 8)) & (2**bits - 1)).to(torch.int32)
+    # A code spans at most two neighbouring bytes: gather both as one 16-bit word and shift it out.
     words = torch.nn.functional.pad(packed, (0, 1)).to(torch.int16)
     low, high = words[:, starts // 8], words[:, starts // 8 + 1]
     return ((((high << 8) | low) >> (starts % 8).to(torch.int16)) & (2**bits - 1)).to(torch.uint8)
 
 
 def _check_width(bits: int) -> None:
-    if not 1 <= bits <= 8:
-        raise InputError(f"bits={bits} is out of range; codes of 1 to 8 bits can be packed")
+    if not 1 <= bits <= 24:
+        raise InputError(f"bits={bits} is out of range; codes of 1 to 24 bits can be packed")

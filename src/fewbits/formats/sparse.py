@@ -77,8 +77,8 @@ class Pattern(Term, kind="pattern"):
         Raises InputError where the mask breaks the pattern or the shapes disagree.
         """
         rows, units = mask.shape
-        if not 1 <= kept <= span <= 256 or units % span:
-            raise InputError(f"{units} units cannot keep {kept} of every {span}; a multiple of the span, and at most 256, would be right")
+        if not 1 <= kept <= span <= 2**16 or units % span:
+            raise InputError(f"{units} units cannot keep {kept} of every {span}; a multiple of the span, and at most 65536, would be right")
         if not bool((mask.reshape(rows, -1, span).sum(-1) == kept).all()):
             raise InputError(f"the mask does not keep exactly {kept} of every {span}")
         if values.shape != (rows, units // span * kept * unit):

@@ -19,7 +19,7 @@ from fewbits.pipeline.feed import Progress
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.store import Store
 from fewbits.pipeline.train import Schedule
-from fewbits.pipeline.whole import train_on_text, whole_model
+from fewbits.pipeline.whole import TextRun, train_on_text, whole_model
 
 _STATE, _FIRST = "restored", "first"
 
@@ -70,18 +70,8 @@ def _repaired(
 
     model = whole_model(source, replace).train()
     groups = [{"params": [part for one in adapted.values() for part in (one.down, one.up)], "lr": restoration.rate}]
-    train_on_text(
-        model,
-        groups,
-        *text,
-        steps=restoration.steps,
-        schedule=Schedule("cosine", 0.05),
-        clip=1.0,
-        batch_size=restoration.batch_size,
-        seed=restoration.seed,
-        what="repairing",
-        progress=progress,
-    )
+    run = TextRun("repairing", restoration.steps, Schedule("cosine", 0.05), 1.0, restoration.batch_size, restoration.seed)
+    train_on_text(model, groups, text, run, progress)
     return {name: one.merged() for name, one in adapted.items()}
 
 

@@ -17,7 +17,7 @@ from fewbits.models.source import ModelSource
 from fewbits.pipeline.feed import Progress
 from fewbits.pipeline.store import Store
 from fewbits.pipeline.train import Schedule
-from fewbits.pipeline.whole import train_on_text, whole_model
+from fewbits.pipeline.whole import TextRun, train_on_text, whole_model
 
 _STATE = "tuned"
 
@@ -69,17 +69,7 @@ def _learned(
         for name, value in store.replaced(block).items():
             model.get_parameter(name).data.copy_(value)
     groups = [group for one in learned.values() for group in one.groups()]
-    train_on_text(
-        model,
-        groups,
-        *text,
-        steps=tuning.steps,
-        schedule=Schedule("cosine"),
-        clip=tuning.clip,
-        batch_size=tuning.batch_size,
-        seed=tuning.seed,
-        what="tuning",
-        progress=progress,
-    )
+    run = TextRun("tuning", tuning.steps, Schedule("cosine"), tuning.clip, tuning.batch_size, tuning.seed)
+    train_on_text(model, groups, text, run, progress)
     pairs = [(f"{name}/{one}", value) for name, layer in learned.items() for one, value in zip(layer.names, layer.learned, strict=True)]
     return {name: value.detach() for name, value in pairs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,26 +29,32 @@ def whole_model(source: ModelSource, replace: Callable[[str, nn.Module], nn.Modu
     return shell
 
 
+@dataclass(frozen=True)
+class TextRun:
+    """How a model is trained on text, and `what` it is called to the user."""
+
+    what: str
+    steps: int
+    schedule: Schedule
+    clip: float
+    batch_size: int
+    seed: int
+
+
 def train_on_text(
     model: nn.Module,
     groups: list[dict[str, Any]],
-    windows: Tensor,
-    mask: Tensor | None,
-    *,
-    steps: int,
-    schedule: Schedule,
-    clip: float | None,
-    batch_size: int,
-    seed: int,
-    what: str,
+    text: tuple[Tensor, Tensor | None],
+    run: TextRun,
     progress: Progress | None,
 ) -> list[float]:
-    """Lower the next-token loss on `windows [count, length]`; returns every step's loss in nats.
+    """Lower the next-token loss on `text`, windows `[count, length]` and their mask; returns every step's loss in nats.
 
-    Raises InputError where windows are padded, whose tokens are no text.
+    Raises InputError where windows are padded, as padding is no text.
     """
+    windows, mask = text
     if mask is not None and not bool(mask.all()):
-        raise InputError(f"{what} reads whole windows; documents of their own with padding are not taken: leave --separate out")
+        raise InputError(f"{run.what} reads whole windows; documents of their own with padding are not taken: leave --separate out")
 
     def loss(outputs: Any, tokens: Tensor, step: int) -> Tensor:
         logits = outputs.logits[:, :-1].float()
@@ -55,7 +62,7 @@ def train_on_text(
 
     def show(step: int, value: float, left: float) -> None:
         if progress is not None:
-            progress(0, 1, f"{what}, step {step + 1}/{steps}", value, left)
+            progress(0, 1, f"{run.what}, step {step + 1}/{run.steps}", value, left)
 
-    parts = text_loss(model, windows, loss, batch_size=batch_size, seed=seed)
-    return train(groups, parts, steps, schedule=schedule, clip=clip, seed=seed, progress=show)
+    parts = text_loss(model, windows, loss, batch_size=run.batch_size, seed=run.seed)
+    return train(groups, parts, run.steps, schedule=run.schedule, clip=run.clip, seed=run.seed, progress=show)

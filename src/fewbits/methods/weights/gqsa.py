@@ -29,22 +29,24 @@ class Gqsa(BlockMethod):
     Saliency of a weight: "obs" w^2 / [H^-1]_jj, "wanda" w^2 H_jj, "magnitude" w^2; a group's is their sum. A block's surviving
     weights, scales and zero points are trained against the dense block (BQPO), then all scales of the model on text with
     codes and mask frozen (E2E-OQP, `tune_steps`). Stored: for each kept group its place in the row, its codes, an fp16 scale
-    and a whole zero point; rows hold equally many groups, so no row pointers. Departures: see the page; the paper's code is
-    not public. Raises InputError for values out of range.
+    and a whole zero point; rows hold equally many groups, so no row pointers. `pattern="2:4"` keeps two of every four weights
+    instead, for comparison; groups are then of kept weights. Departures: see the page; the paper's code is not public.
+    Raises InputError for values out of range.
     """
 
     bits: int = 4
     group_size: int = 16
     sparsity: float = 0.5
     saliency: Literal["obs", "wanda", "magnitude"] = "obs"
+    pattern: Literal["group", "2:4"] = "group"
     damping: float = 0.01
     learn: Literal["all", "grids"] = "all"
-    weight_rate: float = 1e-4
-    rate: float = 1e-4
+    weight_rate: float = 3e-3
+    rate: float = 1e-3
     steps: int = 200
     batch_size: int = 4
     tune_steps: int = 0
-    tune_rate: float = 2e-5
+    tune_rate: float = 3e-4
     seed: int = 0
 
     paper: ClassVar[Paper] = Paper(
@@ -61,15 +63,24 @@ class Gqsa(BlockMethod):
             check_positive(name, getattr(self, name), getattr(Gqsa, name))
         for name in ("steps", "tune_steps"):
             check_range(name, getattr(self, name), 0, 10**7)
-        for name, known in {"saliency": ("obs", "wanda", "magnitude"), "learn": ("all", "grids")}.items():
+        choices = {"saliency": ("obs", "wanda", "magnitude"), "learn": ("all", "grids"), "pattern": ("group", "2:4")}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r} is not known; {', '.join(map(repr, known))} are")
 
     def begin(self, weight: Tensor, bias: Tensor | None, statistics: Statistics) -> nn.Module:
-        return _Sparse(self, weight, bias, self.kept_groups(weight, statistics[Hessian].matrix))
+        return _Sparse(self, weight, bias, self.kept_units(weight, statistics[Hessian].matrix))
 
-    def kept_groups(self, weight: Tensor, hessian: Tensor) -> Tensor:
-        """bool `[rows, groups]`: round((1 - sparsity) * groups), at least one, in every row; the last group may be shorter."""
+    @property
+    def unit(self) -> int:
+        """Neighbouring columns that are kept or dropped together."""
+        return self.group_size if self.pattern == "group" else 1
+
+    def kept_units(self, weight: Tensor, hessian: Tensor) -> Tensor:
+        """bool `[rows, units]`: as many in every row, or in every span of four; the last unit may be shorter.
+
+        Of groups a row keeps round((1 - sparsity) * groups), at least one.
+        """
         scores = weight.square()
         if self.saliency == "wanda":
             scores = scores * hessian.diagonal()
@@ -77,11 +88,11 @@ class Gqsa(BlockMethod):
             factor = factorize(hessian, self.damping)
             inverse = factor.upper.square().sum(0).to(weight.dtype)  # the diagonal of U^T U
             scores = torch.where(factor.dead, 0.0, scores / inverse)  # inputs that are always zero matter to nothing
-        padded = nn.functional.pad(scores, (0, -weight.shape[1] % self.group_size))
-        groups = padded.reshape(len(weight), -1, self.group_size).sum(-1)
-        kept = max(1, round((1 - self.sparsity) * groups.shape[1]))
-        mask = torch.zeros(groups.shape, dtype=torch.bool)
-        return mask.scatter_(1, torch.argsort(groups, dim=1, descending=True, stable=True)[:, :kept], True)
+        padded = nn.functional.pad(scores, (0, -weight.shape[1] % self.unit))
+        units = padded.reshape(len(weight), -1, self.unit).sum(-1)
+        if self.pattern == "2:4":
+            return _best(units.reshape(-1, 4), 2).view_as(units)
+        return _best(units, max(1, round((1 - self.sparsity) * units.shape[1])))
 
     def loss(self, outputs: Tensor, dense: Tensor, mixed: Tensor) -> Tensor:
         """Squared distance to the dense model's own states, over their energy."""
@@ -91,16 +102,21 @@ class Gqsa(BlockMethod):
         return Tuning(self.tune_steps, self.tune_rate, batch_size=self.batch_size, seed=self.seed) if self.tune_steps else None
 
 
+def _best(scores: Tensor, kept: int) -> Tensor:
+    """bool, the shape of `scores`: the `kept` highest of every row."""
+    order = torch.argsort(scores, dim=1, descending=True, stable=True)
+    return torch.zeros(scores.shape, dtype=torch.bool).scatter_(1, order[:, :kept], True)
+
+
 class _Sparse(LearnedLinear):
-    """w = s (clamp(round(w / s) + round(z)) - round(z)) on the kept groups alone: there is no weight elsewhere to train."""
+    """w = s (clamp(round(w / s) + round(z)) - round(z)) on the kept units alone: there is no weight elsewhere to train."""
 
     def __init__(self, method: Gqsa, weight: Tensor, bias: Tensor | None, mask: Tensor) -> None:
         super().__init__(bias)
         self.method, (rows, self.columns) = method, weight.shape
-        size = method.group_size
-        padded = nn.functional.pad(weight, (0, -self.columns % size))
-        kept = padded.reshape(rows, -1, size)[mask].reshape(rows, -1)
-        scales, zeros = fit_groups(kept, method.bits, size)
+        padded = nn.functional.pad(weight, (0, -self.columns % method.unit))
+        kept = padded.reshape(rows, -1, method.unit)[mask].reshape(rows, -1)
+        scales, zeros = fit_groups(kept, method.bits, method.group_size)
         self.register_buffer("mask", mask)
         self.kept = nn.Parameter(kept.clone(), requires_grad=method.learn == "all")
         self.scales = nn.Parameter(scales.half().float())
@@ -108,19 +124,18 @@ class _Sparse(LearnedLinear):
 
     def levels(self) -> tuple[Tensor, Tensor, Tensor]:
         """Codes `[rows, kept columns]`, scales and zero points `[rows, kept groups]`, as they are stored."""
-        size, largest = self.method.group_size, 2**self.method.bits - 1
+        largest = 2**self.method.bits - 1
         scales = straight_through(self.scales, self.scales.detach().half().float()).clamp(min=1e-7)
         zeros = round_through(self.zeros.clamp(0, largest))
-        spread = scales.repeat_interleave(size, dim=1)
-        codes = (round_through(self.kept / spread) + zeros.repeat_interleave(size, dim=1)).clamp(0, largest)
+        codes = (round_through(self.kept / self._spread(scales)) + self._spread(zeros)).clamp(0, largest)
         return codes, scales, zeros
 
     def weight(self) -> Tensor:
         codes, scales, zeros = self.levels()
-        size, mask = self.method.group_size, self.get_buffer("mask")
-        values = (codes - zeros.repeat_interleave(size, dim=1)) * scales.repeat_interleave(size, dim=1)
-        padded = torch.zeros(*mask.shape, size, dtype=values.dtype)
-        padded[mask] = values.reshape(-1, size)
+        mask, unit = self.get_buffer("mask"), self.method.unit
+        values = (codes - self._spread(zeros)) * self._spread(scales)
+        padded = torch.zeros(*mask.shape, unit, dtype=values.dtype)
+        padded[mask] = values.reshape(-1, unit)
         return padded.flatten(1)[:, : self.columns]
 
     def groups(self) -> list[dict[str, Any]]:
@@ -129,9 +144,15 @@ class _Sparse(LearnedLinear):
 
     def finish(self) -> StoredLinear:
         codes, scales, zeros = (one.detach() for one in self.levels())
-        mask, size = self.get_buffer("mask"), self.method.group_size
+        mask, method = self.get_buffer("mask"), self.method
         inner = Uniform.from_codes(
-            codes.to(torch.uint8), scales.half(), zeros.to(torch.uint8), bits=self.method.bits, group_size=size
+            codes.to(torch.uint8), scales.half(), zeros.to(torch.uint8), bits=method.bits, group_size=method.group_size
         )
-        kept, span = int(mask[0].sum()), mask.shape[1]
-        return StoredLinear(CompressedTensor((Pattern.from_mask(mask, inner, kept=kept, span=span, unit=size, columns=self.columns),)))
+        kept, span = (2, 4) if method.pattern == "2:4" else (int(mask[0].sum()), mask.shape[1])
+        if kept == span and self.columns % method.unit == 0:
+            return StoredLinear(CompressedTensor((inner,)))  # nothing is dropped, so no places are stored
+        term = Pattern.from_mask(mask, inner, kept=kept, span=span, unit=method.unit, columns=self.columns)
+        return StoredLinear(CompressedTensor((term,)))
+
+    def _spread(self, values: Tensor) -> Tensor:
+        return values.repeat_interleave(self.method.group_size, dim=1)[:, : self.kept.shape[1]]

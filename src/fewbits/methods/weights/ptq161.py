@@ -43,13 +43,13 @@ class Ptq161(BlockMethod):
     learn: Literal["all", "alpha"] = "all"
     angles: float = 1.0  # weight of the cosine part of the loss
     targets: Literal["both", "dense", "mixed"] = "both"
-    rate: float = 5e-4
-    angle_rate: float = 1e-3
+    rate: float = 2e-3
+    angle_rate: float = 2e-2
     steps: int = 200
     batch_size: int = 4
     restore_steps: int = 0
     restore_rank: int = 64
-    restore_rate: float = 1e-4
+    restore_rate: float = 5e-4
     restore_start: Literal["quantized", "dense"] = "quantized"
     seed: int = 0
 

@@ -1,0 +1,79 @@
+"""Vectors of neighbouring weights as sums of codewords: value = scale * (C_1[b_1] + ... + C_M[b_M]).
+
+Source: additive quantization (Babenko and Lempitsky, 2014), in the form of AQLM (arXiv 2401.06118, section 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import InputError
+from fewbits.core.tensor import Term
+from fewbits.formats.packing import pack, unpack
+
+
+@dataclass(frozen=True, eq=False)
+class Additive(Term, kind="additive"):
+    """Packed codes `[rows, bytes]`, `codebooks [books, entries, unit]`, and `scales [rows, 1]` or None.
+
+    Each group of `unit` neighbouring columns of a row has one code for each codebook. Where the columns end inside the last
+    group, its values beyond them mean nothing. One codebook is plain vector quantization. Made by `from_codes`.
+    """
+
+    codes: Tensor
+    codebooks: Tensor
+    scales: Tensor | None
+    rows: int
+    columns: int
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, codebooks: Tensor, scales: Tensor | None = None, *, columns: int | None = None) -> Additive:
+        """`codes [rows, groups, books]`, integers; codebooks and scales are stored in the dtype they come in.
+
+        `columns` is groups * unit, or less by a part of the last group. Raises InputError where shapes disagree, a number is
+        not finite, or a code does not fit.
+        """
+        rows, groups, books = codes.shape
+        count, entries, unit = codebooks.shape
+        columns = groups * unit if columns is None else columns
+        if count != books or not (groups - 1) * unit < columns <= groups * unit:
+            raise InputError(f"codes {list(codes.shape)} and codebooks {list(codebooks.shape)} do not fit {columns} columns")
+        if scales is not None and scales.shape != (rows, 1):
+            raise InputError(f"scales {list(scales.shape)} do not fit; [{rows}, 1] would")
+        if codes.numel() and int(codes.max()) >= entries:
+            raise InputError(f"a code of {int(codes.max())} does not fit codebooks of {entries} entries")
+        for name, values in (("codebook entry", codebooks), ("scale", scales)):
+            if values is not None and not bool(torch.isfinite(values).all()):
+                raise InputError(f"a {name} is not finite in {values.dtype}; a wider dtype, or finite weights, would be right")
+        return cls(pack(codes.reshape(rows, -1), index_bits(entries)), codebooks, scales, rows, columns)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    def unpacked_codes(self) -> Tensor:
+        """int64 `[rows, groups, books]`."""
+        books, entries, unit = self.codebooks.shape
+        groups = -(-self.columns // unit)
+        return unpack(self.codes, index_bits(entries), groups * books).view(self.rows, groups, books).long()
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        values = decode_additive(self.unpacked_codes(), self.codebooks.float(), self.columns)
+        return (values if self.scales is None else values * self.scales.float()).to(dtype)
+
+
+def index_bits(entries: int) -> int:
+    """Bits of a code for `entries` codewords."""
+    return max(1, math.ceil(math.log2(entries)))
+
+
+def decode_additive(codes: Tensor, codebooks: Tensor, columns: int) -> Tensor:
+    """`codes [rows, groups, books]`, `codebooks [books, entries, unit]` to the unscaled matrix `[rows, columns]`; differentiable."""
+    total = codebooks[0][codes[:, :, 0]]
+    for book in range(1, codebooks.shape[0]):
+        total = total + codebooks[book][codes[:, :, book]]
+    return total.flatten(1)[:, :columns]
