@@ -20,6 +20,7 @@ def whole_model(source: ModelSource, replace: Callable[[str, nn.Module], nn.Modu
     shell = source.shell()
     shell.tie_weights()  # a head that shares the embedding is in no file
     source.load_module(shell, "")
+    shell.tie_weights()  # the head held the embedding's empty predecessor
     shell.requires_grad_(False)
     adapter = Adapter(shell)
     for name, linear in [pair for block in adapter.blocks for pair in adapter.linears(block).items()]:
