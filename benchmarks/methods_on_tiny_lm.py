@@ -31,6 +31,28 @@ SETTINGS = {
     "fast2bit": [{}, {"layout": "free"}, {"group_size": 32}, {"group_size": 64}, {"group_size": 64, "layout": "free"}],
     "pb_llm": [{}, {"share": 0.2}, {"share": 0.0}],
     "nupes": [{"bits": bits, "steps": steps} for bits in (4, 3) for steps in (0, 120)],
+    "ptq161": [
+        {},
+        {"steps": 0},
+        {"learn": "alpha"},
+        {"restore_steps": 300},
+        {"restore_steps": 300, "restore_start": "dense"},
+    ],
+    "gqsa": [
+        {},
+        {"steps": 0},
+        {"tune_steps": 100},
+        {"sparsity": 0.25},
+        {"pattern": "2:4", "group_size": 64},
+        {"sparsity": 0.0, "bits": 2, "group_size": 64},
+    ],
+    "vptq": [
+        {},
+        {"steps": 0},
+        {"entries": 64},
+        {"residual_entries": 16},
+        {"outlier_share": 0.03, "outlier_vector": 1, "outlier_entries": 16},
+    ],
     "smoothquant": [{"bits": 8}, {"bits": 8, "granularity": "static"}],
 }
 KEPT = (

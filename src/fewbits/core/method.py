@@ -42,13 +42,20 @@ class Statistics:
     """The accumulators gathered for one linear input, looked up by class: `statistics[Hessian]`.
 
     `sensitivities` holds, by layer name, what the method said of the loss's gradients, where it uses them; inside
-    `compress` there is the one layer's alone, as `sensitivity`.
+    `compress` there is the one layer's alone, as `sensitivity`. `choices` likewise holds what the method's `plan` chose.
     """
 
-    def __init__(self, *accumulators: Accumulator, tokens: int = 0, sensitivities: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        *accumulators: Accumulator,
+        tokens: int = 0,
+        sensitivities: Mapping[str, Tensor] | None = None,
+        choices: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self._by_type = {type(accumulator): accumulator for accumulator in accumulators}
         self.tokens = tokens
         self.sensitivities = dict(sensitivities or {})
+        self.choices = dict(choices or {})
 
     def __getitem__(self, kind: type[A]) -> A:
         if kind not in self._by_type:
@@ -65,10 +72,18 @@ class Statistics:
             raise InputError(f"{len(self.sensitivities)} layers' sensitivities were gathered where one is read; set `uses_gradients`")
         return next(iter(self.sensitivities.values()))
 
+    @property
+    def choice(self) -> Tensor | None:
+        """What was planned for the only layer, None where nothing was. Raises InputError where more than one layer's is held."""
+        if len(self.choices) > 1:
+            raise InputError(f"{len(self.choices)} layers' choices are held where one is read; `of` a layer would be right")
+        return next(iter(self.choices.values()), None)
+
     def of(self, layer: str) -> Statistics:
-        """The same accumulators with one layer's sensitivity alone."""
+        """The same accumulators with one layer's sensitivity and choice alone."""
         mine = {layer: self.sensitivities[layer]} if layer in self.sensitivities else {}
-        return Statistics(*self, tokens=self.tokens, sensitivities=mine)
+        chosen = {layer: self.choices[layer]} if layer in self.choices else {}
+        return Statistics(*self, tokens=self.tokens, sensitivities=mine, choices=chosen)
 
 
 class Method:
@@ -87,10 +102,22 @@ class Method:
         return cls.__module__.split(".")[-2]
 
 
-class LayerMethod(Method, ABC):
-    """Compresses one weight matrix at a time from statistics of its inputs; a pure function of tensors."""
+class GradientMethod(Method, ABC):
+    """A method of linear layers that may ask what the loss's gradients say of them."""
 
     uses_gradients: ClassVar[bool] = False  # whether `sensitivity` is to be summed over the calibration text
+
+    def sensitivity(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        """What one sample's loss gradient says of a layer; both `[out, in]` float32. Summed over the samples."""
+        raise NotImplementedError(f"{self.name()} says that it uses gradients, but not how")
+
+    def rank(self, sensitivities: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Called once with the sums of all layers that this method compresses; what comes back is what it is given later."""
+        return sensitivities
+
+
+class LayerMethod(GradientMethod, ABC):
+    """Compresses one weight matrix at a time from statistics of its inputs; a pure function of tensors."""
 
     @abstractmethod
     def compress(self, weight: Tensor, statistics: Statistics) -> CompressedTensor:
@@ -104,13 +131,13 @@ class LayerMethod(Method, ABC):
         """The quantizer of what the weight's terms read (a part with `apply(inputs) -> inputs`), or None: weights only."""
         return None
 
-    def sensitivity(self, weight: Tensor, gradient: Tensor) -> Tensor:
-        """What one sample's loss gradient says of a layer; both `[out, in]` float32. Summed over the samples."""
-        raise NotImplementedError(f"{self.name()} says that it uses gradients, but not how")
+    def plan(self, layers: Iterator[tuple[str, Tensor, Statistics]]) -> Mapping[str, Tensor]:
+        """Called once, before the first layer, where a method spends one budget on all the layers that it compresses.
 
-    def rank(self, sensitivities: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Called once with the sums of all layers that this method compresses; what comes back is given to `compress`."""
-        return sensitivities
+        `layers` gives each layer's name, weight and sensitivity, one at a time. What comes back, by layer name, is that
+        layer's `choice` in `compress`; nothing by default, and then `layers` is not read.
+        """
+        return {}
 
 
 @dataclass(frozen=True)
@@ -141,7 +168,7 @@ class Tuning:
     seed: int = 0
 
 
-class BlockMethod(Method, ABC):
+class BlockMethod(GradientMethod, ABC):
     """Learns the linears of one block, or of a window of neighbouring blocks, against the dense blocks' own outputs.
 
     A stand-in takes the place of each linear (layers/learned.py); pipeline/reconstruct.py trains and stores them.
@@ -167,6 +194,10 @@ class BlockMethod(Method, ABC):
     def loss(self, outputs: Tensor, dense: Tensor, mixed: Tensor) -> Tensor:
         """Of the window's `outputs`; targets are the dense window's on the dense model's inputs, and on the same inputs as here."""
         return (outputs.float() - mixed.float()).square().mean()
+
+    def total(self, loss: Tensor, penalty: Tensor, first: tuple[float, float], progress: float) -> Tensor:
+        """What a step lowers, of `loss` and the sum of the stand-ins' penalties; `first`: both at the window's first step."""
+        return loss + penalty
 
     def restoration(self) -> Restoration | None:
         """What repairs the model before it is compressed (pipeline/restore.py), or None."""

@@ -8,13 +8,25 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.core.errors import InputError, NumericsError
-from fewbits.core.method import LayerMethod
+from fewbits.core.method import GradientMethod
 from fewbits.models.adapter import oriented, weight_matrix
 from fewbits.models.source import ModelSource
+from fewbits.pipeline.store import Store
+
+SENSITIVITIES = "sensitivities"  # the name of the store's state that holds them
+
+
+def keep_sensitivities(source: ModelSource, method_of: Mapping[str, GradientMethod | None], windows: Tensor, store: Store) -> None:
+    """Gather what the methods that use gradients say of their layers into `store`, unless an earlier run did."""
+    asking = {name: method for name, method in method_of.items() if method is not None and method.uses_gradients}
+    if asking and not store.has_state(SENSITIVITIES):
+        with torch.enable_grad():
+            gathered = gather_sensitivities(source, asking, windows)
+        store.write_state(SENSITIVITIES, gathered)
 
 
 def gather_sensitivities(
-    source: ModelSource, method_of: Mapping[str, LayerMethod], windows: Tensor, dtype: torch.dtype = torch.float32
+    source: ModelSource, method_of: Mapping[str, GradientMethod], windows: Tensor, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Each layer's sum over `windows [count, length]` of its method's `sensitivity`, then what its method's `rank` makes of them.
 
@@ -45,7 +57,7 @@ def gather_sensitivities(
     return {name: ranked[name] for name in method_of}
 
 
-def _adder(name: str, method: LayerMethod, linear: nn.Module, totals: dict[str, Tensor]) -> Callable[[Tensor], None]:
+def _adder(name: str, method: GradientMethod, linear: nn.Module, totals: dict[str, Tensor]) -> Callable[[Tensor], None]:
     weight = weight_matrix(linear).detach().float()
 
     def add(parameter: Tensor) -> None:

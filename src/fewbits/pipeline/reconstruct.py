@@ -21,6 +21,7 @@ from fewbits.models.adapter import Adapter, weight_matrix
 from fewbits.pipeline.entries import checked_linears, layer_entry, report, second_moment
 from fewbits.pipeline.feed import Feed, finite
 from fewbits.pipeline.gather import assume_nothing, gather_inputs
+from fewbits.pipeline.gradients import SENSITIVITIES, keep_sensitivities
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.store import Store
 from fewbits.pipeline.train import train
@@ -65,6 +66,8 @@ class _Windows:
         done = self.store.finished()
         if done == len(self.feed.blocks):
             return
+        layers = [layer for name in self.feed.blocks for layer in self.adapter.linears(name) if self.plan.keeps(layer) is None]
+        keep_sensitivities(self.feed.source, dict.fromkeys(layers, self.method), self.feed.windows, self.store)
         # Of blocks that leave a window together some may be stored and others not: their window is trained again.
         start = max(block for block in range(done + 1) if block == 0 or self._is_kept(block))
         dense = mixed = self.feed.keep(self.store, 0, self.feed.first_inputs(), _MIXED)
@@ -125,6 +128,8 @@ class _Windows:
     def _stand_ins(self, linears: Mapping[str, nn.Module], statistics: Statistics) -> dict[str, LearnedLinear]:
         weights = {name: weight_matrix(linear).float().contiguous() for name, linear in linears.items()}
         biases = {name: cast("Tensor | None", linear.bias) for name, linear in linears.items()}
+        if self.method.uses_gradients:
+            statistics.sensitivities = self.store.state(SENSITIVITIES, linears)
         try:
             return cast("dict[str, LearnedLinear]", self.method.begin_group(weights, biases, statistics))
         except NumericsError as error:
@@ -142,6 +147,7 @@ class _Windows:
         # Sequences of one batch share the blocks' other arguments, so a step draws its sequences from one of them.
         order = torch.Generator().manual_seed(method.seed * 100003 + index)
         size = self.feed.options.batch_size
+        first: list[tuple[float, float]] = []
 
         def loss(step: int) -> Tensor:
             number = int(torch.randint(-(-len(mixed) // size), (1,), generator=order))
@@ -154,7 +160,10 @@ class _Windows:
                 one.advance(step / method.steps, leaves)
             outputs = self.feed.run(names, mixed[chosen], number)
             penalty = torch.stack([one.penalty() for one, _ in learned]).sum()
-            return method.loss(outputs, dense_target[chosen], mixed_target[chosen]) + penalty
+            distance = method.loss(outputs, dense_target[chosen], mixed_target[chosen])
+            if not first:
+                first.append((float(distance.detach()), float(penalty.detach())))
+            return method.total(distance, penalty, first[0], step / method.steps)
 
         def show(step: int, value: float, left: float) -> None:
             if self.feed.options.progress is not None:

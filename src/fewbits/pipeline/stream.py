@@ -16,13 +16,13 @@ from fewbits.core.errors import InputError, NumericsError
 from fewbits.core.method import BlockMethod, LayerMethod, Method, Statistics
 from fewbits.core.tensor import CompressedTensor
 from fewbits.layers.linear import CompressedLinear, StoredLinear
-from fewbits.models.adapter import Adapter, weight_matrix
+from fewbits.models.adapter import Adapter, oriented, weight_matrix
 from fewbits.models.source import ModelSource
 from fewbits.pipeline.entries import checked_linears, layer_entry, report, second_moment
 from fewbits.pipeline.feed import Feed, StreamOptions, finite
 from fewbits.pipeline.fold import fold_scales
 from fewbits.pipeline.gather import assume_nothing, gather_inputs
-from fewbits.pipeline.gradients import gather_sensitivities
+from fewbits.pipeline.gradients import SENSITIVITIES, keep_sensitivities
 from fewbits.pipeline.memory import return_freed_memory
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.reconstruct import reconstruct_blocks
@@ -31,7 +31,7 @@ from fewbits.pipeline.store import Store
 from fewbits.pipeline.tune import tune_blocks
 
 __all__ = ["StreamOptions", "StreamSummary", "compress_model"]
-_SENSITIVITIES = "sensitivities"
+_CHOICES = "choices"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class _Run:
         blocks, done = self.feed.blocks, self.store.finished()
         if done == len(blocks):
             return
-        self._gather_sensitivities()
+        self._look_ahead()
         hidden = self.feed.keep(self.store, 0, self.feed.first_inputs())
         if done:
             hidden = self.feed.kept(self.store, done)
@@ -167,15 +167,26 @@ class _Run:
         for index in range(done, len(blocks)):
             hidden = self._compress_block(index, hidden, began, done)
 
-    def _gather_sensitivities(self) -> None:
-        """What the loss's gradients say of the layers whose methods ask for it: one pass over the whole model, kept in a file."""
+    def _look_ahead(self) -> None:
+        """What must be known of the whole model before its first layer: gradients and plans, for methods that ask; kept in files."""
         layers = [name for block in self.adapter.blocks for name in self.adapter.linears(block)]
         methods = {name: method for name in layers if isinstance(method := self.plan.method_for(name), LayerMethod)}
-        asking = {name: method for name, method in methods.items() if method.uses_gradients}
-        if asking and not self.store.has_state(_SENSITIVITIES):
-            with torch.enable_grad():
-                gathered = gather_sensitivities(self.source, asking, self.feed.windows)
-            self.store.write_state(_SENSITIVITIES, gathered)
+        keep_sensitivities(self.source, methods, self.feed.windows, self.store)
+        if not self.store.has_state(_CHOICES):
+            choices: dict[str, Tensor] = {}
+            for method in set(methods.values()):
+                choices |= method.plan(self._planned_layers(method, [name for name in methods if methods[name] == method]))
+            if choices:
+                self.store.write_state(_CHOICES, choices)
+
+    def _planned_layers(self, method: LayerMethod, names: list[str]) -> Iterator[tuple[str, Tensor, Statistics]]:
+        for name in names:
+            linear = self.shell.get_submodule(name)
+            weight = oriented(linear, self.source.parameter(f"{name}.weight")).float().contiguous()
+            if not bool(torch.isfinite(weight).all()):
+                raise NumericsError(f"{name}: the weight is not finite; the model file is broken")
+            sensitivities = self.store.state(SENSITIVITIES, [name]) if method.uses_gradients else {}
+            yield name, weight, Statistics(sensitivities=sensitivities)
 
     def _compress_block(self, index: int, hidden: Tensor, began: float, done: int) -> Tensor:
         name = self.feed.blocks[index]
@@ -231,7 +242,10 @@ class _Run:
             moment = second_moment(statistics)
             for method, names in self._by_method(group).items():
                 if method.uses_gradients:
-                    statistics.sensitivities = self.store.state(_SENSITIVITIES, names)
+                    statistics.sensitivities = self.store.state(SENSITIVITIES, names)
+                if self.store.has_state(_CHOICES):
+                    chosen = set(self.store.state_names(_CHOICES))
+                    statistics.choices = self.store.state(_CHOICES, [name for name in names if name in chosen])
                 weights = {name: weight_matrix(linears[name]).float().contiguous() for name in names}
                 for name, tensor in _compress(method, weights, statistics).items():
                     stored[name] = StoredLinear(tensor, method.activation(statistics, tensor))

@@ -46,7 +46,7 @@ class Gqsa(BlockMethod):
     steps: int = 200
     batch_size: int = 4
     tune_steps: int = 0
-    tune_rate: float = 3e-4
+    tune_rate: float = 5e-5
     seed: int = 0
 
     paper: ClassVar[Paper] = Paper(

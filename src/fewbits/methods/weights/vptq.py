@@ -46,11 +46,11 @@ class Vptq(BlockMethod):
     entries: int = 256
     residual_entries: int = 0
     outlier_share: float = 0.0
+    outlier_vector: int = 4
     outlier_entries: int = 256
     column_groups: int = 1
     normalize: Literal["none", "rescaled", "official"] = "none"
-    weighted: bool = True  # k-means by the Hessian's diagonal; off for comparison
-    by_strength: bool = True  # columns of large inputs first; off for comparison
+    without: Literal["nothing", "weights", "order"] = "nothing"  # for comparison: plain k-means, or columns as they come
     damping: float = 0.01
     steps: int = 100
     rate: float = 3e-4
@@ -64,7 +64,8 @@ class Vptq(BlockMethod):
     needs: ClassVar = (Hessian,)
 
     def __post_init__(self) -> None:
-        check_range("vector", self.vector, 1, 64)
+        for name in ("vector", "outlier_vector"):
+            check_range(name, getattr(self, name), 1, 64)
         check_range("entries", self.entries, 2, 2**16)
         check_range("residual_entries", self.residual_entries, 0, 2**16)
         check_range("outlier_share", self.outlier_share, 0, 0.5)
@@ -74,8 +75,9 @@ class Vptq(BlockMethod):
             check_positive(name, getattr(self, name), getattr(Vptq, name))
         for name in ("steps", "tune_steps"):
             check_range(name, getattr(self, name), 0, 10**7)
-        if self.normalize not in ("none", "rescaled", "official"):
-            raise InputError(f"normalize={self.normalize!r} is not known; 'none', 'rescaled' or 'official' would be right")
+        for name, known in {"normalize": ("none", "rescaled", "official"), "without": ("nothing", "weights", "order")}.items():
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}={getattr(self, name)!r} is not known; {', '.join(map(repr, known))} are")
 
     def begin(self, weight: Tensor, bias: Tensor | None, statistics: Statistics) -> nn.Module:
         return self.begin_group({"weight": weight}, {"weight": bias}, statistics)["weight"]
@@ -101,13 +103,13 @@ class Vptq(BlockMethod):
             if self.normalize == "rescaled":  # an error e of the normalized weight is an error e s of the weight
                 hessian = scale[:, None] * hessian * scale
         order = torch.arange(weight.shape[1])
-        if self.by_strength:
+        if self.without != "order":
             order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         hessian, weight = hessian[order][:, order], weight[:, order]
         factor = factorize(hessian, self.damping)
         weight = torch.where(factor.dead, 0.0, weight)  # inputs that are always zero need no weight
-        strength = hessian.diagonal().float() if self.weighted else torch.ones(weight.shape[1])
-        ranges = [_Range.fitted(self, weight, strength, columns, entries) for columns, entries in self._ranges(weight.shape[1])]
+        strength = hessian.diagonal().float() if self.without != "weights" else torch.ones(weight.shape[1])
+        ranges = [_Range.fitted(self, weight, strength, *sizes) for sizes in self._ranges(weight.shape[1])]
         errors = self._feedback(weight, factor, ranges)
         if self.residual_entries:
             for one in ranges:
@@ -115,16 +117,16 @@ class Vptq(BlockMethod):
             self._feedback(weight, factor, ranges)
         return ranges, order, affine
 
-    def _ranges(self, columns: int) -> list[tuple[range, int]]:
-        """Runs of columns with one codebook each; what the division leaves over joins the outliers."""
+    def _ranges(self, columns: int) -> list[tuple[range, int, int]]:
+        """Runs of columns with one codebook each, its vectors' length and its entries; what the division leaves joins the outliers."""
         outliers = round(self.outlier_share * columns)
         groups = min(self.column_groups, columns - outliers)
         if outliers:
             outliers += (columns - outliers) % groups
         size = -(-(columns - outliers) // groups)
         starts = range(outliers, columns, size)
-        found = [(range(start, min(start + size, columns)), self.entries) for start in starts]
-        return [(range(outliers), self.outlier_entries), *found] if outliers else found
+        found = [(range(start, min(start + size, columns)), self.vector, self.entries) for start in starts]
+        return [(range(outliers), self.outlier_vector, self.outlier_entries), *found] if outliers else found
 
     def _feedback(self, weight: Tensor, factor: Factor, ranges: list[_Range]) -> Tensor:
         """Codes of all columns in turn; what each column, as feedback had moved it, differs from its vectors, `[rows, columns]`."""
@@ -153,13 +155,13 @@ def _affine(weight: Tensor) -> tuple[Tensor, Tensor]:
 class _Range:
     """Neighbouring columns with codebooks of their own."""
 
-    def __init__(self, columns: range, codebooks: list[Tensor], codes: Tensor) -> None:
-        self.columns, self.codebooks, self.codes = columns, codebooks, codes  # codes [columns, vectors, books]
+    def __init__(self, columns: range, vector: int, codes: Tensor) -> None:
+        self.columns, self.vector, self.codes = columns, vector, codes  # codes [columns, vectors, books]
+        self.codebooks: list[Tensor] = []
 
     @classmethod
-    def fitted(cls, method: Vptq, weight: Tensor, strength: Tensor, columns: range, entries: int) -> _Range:
-        vectors = -(-weight.shape[0] // method.vector)
-        made = cls(columns, [], torch.zeros(len(columns), vectors, 0, dtype=torch.int64))
+    def fitted(cls, method: Vptq, weight: Tensor, strength: Tensor, columns: range, vector: int, entries: int) -> _Range:
+        made = cls(columns, vector, torch.zeros(len(columns), -(-weight.shape[0] // vector), 0, dtype=torch.int64))
         made._fit(method, weight, strength, entries)
         return made
 
@@ -169,7 +171,7 @@ class _Range:
 
     def _fit(self, method: Vptq, values: Tensor, strength: Tensor, entries: int) -> None:
         part = values[:, self.columns.start : self.columns.stop].T
-        vectors = _cut(part, method.vector)
+        vectors = _cut(part, self.vector)
         weights = strength[self.columns.start : self.columns.stop, None].expand(vectors.shape[:2]).flatten()
         most = max(2, 2 ** ((weights.numel() // _VECTORS_AN_ENTRY).bit_length() - 1))
         centroids, _ = cluster_vectors(vectors.flatten(0, 1), min(entries, most), weights=weights, seed=method.seed)
@@ -178,7 +180,7 @@ class _Range:
 
     def encode(self, j: int, column: Tensor) -> Tensor:
         """The column's nearest vectors; their codes are kept."""
-        left = _cut(column[None], self.codebooks[0].shape[1])[0]
+        left = _cut(column[None], self.vector)[0]
         found = torch.zeros_like(left)
         for book, centroids in enumerate(self.codebooks):
             codes = nearest(left - found, centroids)[0]
