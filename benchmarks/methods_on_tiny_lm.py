@@ -53,6 +53,7 @@ SETTINGS = {
         {"residual_entries": 16},
         {"outlier_share": 0.03, "outlier_vector": 1, "outlier_entries": 16},
     ],
+    "aqlm": [{}, {"steps": 0}, {"books": 1, "book_bits": 8, "group_size": 4}, {"books": 2, "book_bits": 6}],
     "smoothquant": [{"bits": 8}, {"bits": 8, "granularity": "static"}],
 }
 KEPT = (

@@ -131,7 +131,7 @@ def search_codes(weight: Tensor, hessian: Tensor, found: Additives, generator: t
 
     A row keeps its `beam` best sets of codes from one choice to the next; with 1 every choice is the best one given the others.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     books, _, unit = found.codebooks.shape
     groups = found.codes.shape[1]
     padding = groups * unit - columns
@@ -153,8 +153,8 @@ class _Beam:
 
     def choose(self, group: int, book: int, hessian: Tensor, beam: int) -> None:
         """Each row's best sets after all choices of one code in each of its sets."""
-        words, unit = self.codebooks[book], self.codebooks.shape[2]
-        place = slice(group * unit, (group + 1) * unit)
+        words = self.codebooks[book]
+        place = slice(group * words.shape[1], (group + 1) * words.shape[1])
         inside = hessian[place, place]
         old = words[self.codes[:, :, group, book]]  # [kept, rows, unit]
         # With d = s (c - old) the loss changes by 2 d (D H) + d H d.
@@ -162,14 +162,13 @@ class _Beam:
         square = ((words @ inside) * words).sum(1) * self.scales.square()
         before = self._change(old, self.through[:, :, place], inside)
         losses = self.losses[:, :, None] + linear + square - before[:, :, None]
-        kept, rows, entries = losses.shape
         if beam == 1:
             chosen = losses[0].argmin(1)
             origin = torch.zeros_like(chosen)[None]
             best, code = losses[0].gather(1, chosen[:, None]).T, chosen[None]
         else:
             best, origin, code = self._several(losses, group, book, beam)
-        row = torch.arange(rows)
+        row = torch.arange(losses.shape[1])
         self.codes, self.through, old = self.codes[origin, row], self.through[origin, row], old[origin, row]
         moved = self.scales * (words[code] - old)
         self.through = self.through + moved @ hessian[place]
