@@ -54,6 +54,15 @@ SETTINGS = {
         {"outlier_share": 0.03, "outlier_vector": 1, "outlier_entries": 16},
     ],
     "aqlm": [{}, {"steps": 0}, {"books": 1, "book_bits": 8, "group_size": 4}, {"books": 2, "book_bits": 6}],
+    "pv_tuning": [{}, {"codes": "none"}, {"codes": "all", "code_rate": 0.01}],
+    "svdquant": [
+        {},
+        {"branch_rank": 0},
+        {"smooth": "none"},
+        {"branch_rank": 0, "smooth": "none"},
+        {"branch_rank": 0, "group_size": 16},
+        {"feedback": True},
+    ],
     "smoothquant": [{"bits": 8}, {"bits": 8, "granularity": "static"}],
 }
 KEPT = (

@@ -124,10 +124,10 @@ def stored_bits(method: Method, rows: int = 256, columns: int = 512) -> dict[str
     statistics = Statistics(*(need(columns) for need in method.needs), tokens=len(inputs))
     for accumulator in statistics:
         accumulator.update(inputs)
+    if isinstance(method, (LayerMethod, BlockMethod)) and method.uses_gradients:
+        sums = {"layer": method.sensitivity(weight, torch.randn(rows, columns, generator=generator))}
+        statistics.sensitivities = dict(method.rank(sums) if isinstance(method, LayerMethod) else sums)
     if isinstance(method, LayerMethod):
-        if method.uses_gradients:
-            gradient = torch.randn(rows, columns, generator=generator)
-            statistics.sensitivities = dict(method.rank({"layer": method.sensitivity(weight, gradient)}))
         tensor = method.compress_group({"layer": weight}, statistics)["layer"]
         stored = StoredLinear(tensor, method.activation(statistics, tensor))
     elif isinstance(method, BlockMethod):

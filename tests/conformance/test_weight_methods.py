@@ -27,7 +27,10 @@ WINDOWS = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(0))
 def made(name):
     """The method with its defaults; one that learns takes few steps."""
     method = get_method(name)()
-    return replace(method, steps=4) if "steps" in {field.name for field in fields(method)} and isinstance(method, BlockMethod) else method
+    if not isinstance(method, BlockMethod):
+        return method
+    few = {field.name: 4 for field in fields(method) if field.name in ("steps", "tune_steps") and getattr(method, field.name)}
+    return replace(method, **few)
 
 
 def small_llama():

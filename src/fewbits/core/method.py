@@ -111,10 +111,6 @@ class GradientMethod(Method, ABC):
         """What one sample's loss gradient says of a layer; both `[out, in]` float32. Summed over the samples."""
         raise NotImplementedError(f"{self.name()} says that it uses gradients, but not how")
 
-    def rank(self, sensitivities: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Called once with the sums of all layers that this method compresses; what comes back is what it is given later."""
-        return sensitivities
-
 
 class LayerMethod(GradientMethod, ABC):
     """Compresses one weight matrix at a time from statistics of its inputs; a pure function of tensors."""
@@ -130,6 +126,10 @@ class LayerMethod(GradientMethod, ABC):
     def activation(self, statistics: Statistics, weight: CompressedTensor) -> Part | None:
         """The quantizer of what the weight's terms read (a part with `apply(inputs) -> inputs`), or None: weights only."""
         return None
+
+    def rank(self, sensitivities: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Called once with the sums of all layers that this method compresses; what comes back is given to `compress`."""
+        return sensitivities
 
     def plan(self, layers: Iterator[tuple[str, Tensor, Statistics]]) -> Mapping[str, Tensor]:
         """Called once, before the first layer, where a method spends one budget on all the layers that it compresses.
@@ -158,7 +158,11 @@ class Restoration:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Training of the whole compressed model on the calibration text: codes stay, the tensors called `tensors` are learned."""
+    """Training of the whole compressed model on the calibration text.
+
+    Codes stay and the tensors called `tensors` are learned, unless the method reopens layers otherwise. The loss is that of
+    the next token, or, with a `teacher`, the divergence from the dense model's predictions.
+    """
 
     steps: int
     rate: float = 2e-5
@@ -166,6 +170,8 @@ class Tuning:
     batch_size: int = 4
     clip: float = 0.3
     seed: int = 0
+    teacher: bool = False
+    norm_rate: float = 0.0  # of the model's norms; 0 leaves them as they are
 
 
 class BlockMethod(GradientMethod, ABC):
@@ -205,6 +211,10 @@ class BlockMethod(GradientMethod, ABC):
 
     def tuning(self) -> Tuning | None:
         """How the whole model is trained once all blocks are compressed (pipeline/tune.py), or None."""
+        return None
+
+    def reopen(self, stored: Any, bias: Tensor | None) -> nn.Module | None:
+        """The stand-in (a LearnedLinear) of a layer that is stored (a StoredLinear), for `tuning`; None: TunedLinear."""
         return None
 
 

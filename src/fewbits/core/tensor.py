@@ -111,6 +111,8 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class Term(Part):
     """One summand of a compressed matrix of `shape` (rows = outputs, columns = inputs)."""
 
+    reads_unrounded: ClassVar[bool] = False  # whether it takes the inputs before they are rounded to few bits
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
@@ -179,9 +181,8 @@ class CompressedTensor(Part, kind="compressed_tensor"):
         """
         for transform in self.input_transforms:
             inputs = transform.apply(inputs)
-        if quantize is not None:
-            inputs = quantize(inputs)
-        outputs = _sum(term.matmul(inputs) for term in self.terms)
+        rounded = inputs if quantize is None else quantize(inputs)
+        outputs = _sum(term.matmul(inputs if term.reads_unrounded else rounded) for term in self.terms)
         for transform in self.output_transforms:
             outputs = transform.apply(outputs)
         return outputs

@@ -17,12 +17,13 @@ class Codebook(Term, kind="codebook"):
     """value = levels[row, group, code] * scales[row, group].
 
     Packed codes `[rows, bytes]`, levels `[rows or 1, groups or 1, 2**bits]` ascending in no particular order, scales
-    `[rows or 1, groups]` or None for levels that are the values themselves. Made by `from_codes`.
+    `[rows or 1, groups]`, themselves numbers or a term of that shape, or None for levels that are the values themselves.
+    Made by `from_codes`.
     """
 
     codes: Tensor
     levels: Tensor
-    scales: Tensor | None
+    scales: Tensor | Term | None
     rows: int
     columns: int
     bits_per_code: int
@@ -30,7 +31,7 @@ class Codebook(Term, kind="codebook"):
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, levels: Tensor, scales: Tensor | None = None, *, bits: int, group_size: int | None = None
+        cls, codes: Tensor, levels: Tensor, scales: Tensor | Term | None = None, *, bits: int, group_size: int | None = None
     ) -> Codebook:
         """`codes [rows, columns]` in 0..2**bits-1. Raises InputError where shapes disagree or a level or scale is not finite."""
         rows, columns = codes.shape
@@ -44,7 +45,8 @@ class Codebook(Term, kind="codebook"):
             raise InputError(
                 f"scales {list(scales.shape)} do not fit codes {[rows, columns]} in groups of {size}; [{rows}, {groups}] would"
             )
-        for name, values in (("level", levels), ("scale", scales)):
+        for name, stored in (("level", levels), ("scale", scales)):
+            values = stored.decode() if isinstance(stored, Term) else stored
             if values is not None and not bool(torch.isfinite(values).all()):
                 raise InputError(f"a {name} is not finite in {values.dtype}; a wider dtype, or finite weights, would be right")
         return cls(pack(codes, bits), levels, scales, rows, columns, bits, size)
@@ -59,17 +61,20 @@ class Codebook(Term, kind="codebook"):
         rows = torch.arange(self.rows, device=self.codes.device)[:, None]
         books = self.levels.float()
         values = books[rows if books.shape[0] > 1 else 0, groups if books.shape[1] > 1 else 0, codes]
-        return (values if self.scales is None else values * self.scales.float()[:, groups]).to(dtype)
+        if self.scales is not None:
+            scales = self.scales.decode() if isinstance(self.scales, Term) else self.scales.float()
+            values = values * scales[:, groups]
+        return values.to(dtype)
 
 
-def normal_float_levels(bits: int = 4) -> Tensor:
+def normal_float_levels(bits: int = 4, offset: float | None = None) -> Tensor:
     """float32 `[2**bits]`, ascending from -1 to 1 with an exact zero: quantiles of the normal distribution.
 
-    NormalFloat of QLoRA (arXiv 2305.14314, section 3): one level more above zero than below.
+    NormalFloat of QLoRA (arXiv 2305.14314, section 3): one level more above zero than below. `offset` is the outermost
+    probability; by default the mean of the two ends' half-steps, which for 4 bits is the published 0.9677083.
     """
     half = 2 ** (bits - 1)
-    # The outermost probability is the mean of the two ends' half-steps, which for 4 bits is the published 0.9677083.
-    offset = 1 - 0.5 * (1 / (4 * half) + 1 / (4 * half - 2))
+    offset = 1 - 0.5 * (1 / (4 * half) + 1 / (4 * half - 2)) if offset is None else offset
     above = torch.special.ndtri(torch.linspace(offset, 0.5, half + 1, dtype=torch.float64)[:-1])
     below = -torch.special.ndtri(torch.linspace(offset, 0.5, half, dtype=torch.float64)[:-1])
     levels = torch.cat([below, torch.zeros(1, dtype=torch.float64), above]).sort().values

@@ -28,7 +28,7 @@ class FewbitsQuantizer(HfQuantizer):
     """Puts empty compressed layers where transformers will read their tensors."""
 
     requires_calibration = True
-    is_trainable = False
+    is_trainable = True  # adapters on the frozen layers are: a Trainer refuses models that say no
 
     def is_serializable(self) -> bool:
         return True

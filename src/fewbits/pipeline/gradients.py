@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.core.errors import InputError, NumericsError
-from fewbits.core.method import GradientMethod
+from fewbits.core.method import GradientMethod, LayerMethod
 from fewbits.models.adapter import oriented, weight_matrix
 from fewbits.models.source import ModelSource
 from fewbits.pipeline.store import Store
@@ -53,7 +53,8 @@ def gather_sensitivities(
         totals.setdefault(name, torch.zeros_like(method.sensitivity(zeros, zeros)))
     ranked: dict[str, Tensor] = {}
     for method in set(method_of.values()):
-        ranked |= method.rank({name: totals[name] for name, one in method_of.items() if one == method})
+        mine = {name: totals[name] for name, one in method_of.items() if one == method}
+        ranked |= method.rank(mine) if isinstance(method, LayerMethod) else mine
     return {name: ranked[name] for name in method_of}
 
 

@@ -115,7 +115,7 @@ def _compress_by_blocks(
         source = restored(source, plan, restoration, store, compress, text, options.progress)
     blocks = compress(store, source)
     if tuning is not None and tuning.steps:
-        tune_blocks(source, tuning, store, blocks, text, options.progress)
+        tune_blocks(source, method, store, blocks, text, options.progress)
     return blocks
 
 

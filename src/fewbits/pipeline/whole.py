@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fewbits.core.errors import InputError
@@ -48,16 +49,22 @@ def train_on_text(
     text: tuple[Tensor, Tensor | None],
     run: TextRun,
     progress: Progress | None,
+    *,
+    teacher: nn.Module | None = None,
+    before: Callable[[float], None] = lambda _: None,
 ) -> list[float]:
     """Lower the next-token loss on `text`, windows `[count, length]` and their mask; returns every step's loss in nats.
 
-    Raises InputError where windows are padded, as padding is no text.
+    With a `teacher` the loss is KL(teacher || model), the mean over tokens. `before` is called before each step with the share
+    of the steps that is done. Raises InputError where windows are padded, as padding is no text.
     """
     windows, mask = text
     if mask is not None and not bool(mask.all()):
         raise InputError(f"{run.what} reads whole windows; documents of their own with padding are not taken: leave --separate out")
 
     def loss(outputs: Any, tokens: Tensor, step: int) -> Tensor:
+        if teacher is not None:
+            return _divergence(teacher, outputs.logits.float(), tokens)
         logits = outputs.logits[:, :-1].float()
         return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
@@ -66,4 +73,15 @@ def train_on_text(
             progress(0, 1, f"{run.what}, step {step + 1}/{run.steps}", value, left)
 
     parts = text_loss(model, windows, loss, batch_size=run.batch_size, seed=run.seed)
-    return train(groups, parts, run.steps, schedule=run.schedule, clip=run.clip, seed=run.seed, progress=show)
+
+    def whole(step: int) -> Iterator[Tensor]:
+        before(step / run.steps)
+        return parts(step)
+
+    return train(groups, whole, run.steps, schedule=run.schedule, clip=run.clip, seed=run.seed, progress=show)
+
+
+def _divergence(teacher: nn.Module, logits: Tensor, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        theirs = torch.log_softmax(teacher(input_ids=tokens, use_cache=False).logits.float(), dim=-1)
+    return (theirs.exp() * (theirs - torch.log_softmax(logits, dim=-1))).sum(-1).mean()

@@ -16,6 +16,8 @@ from fewbits.core.errors import InputError
 from fewbits.formats.additive import decode_additive
 from fewbits.solvers.vector_kmeans import cluster_vectors
 
+_GROUPS_AN_ENTRY = 8  # a codebook has no more entries than a share of the groups that it is for
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -28,6 +30,13 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.books < 1 or self.unit < 1 or not 2 <= self.entries <= 2**16:
             raise InputError(f"{self.books} codebooks of {self.entries} entries for {self.unit} columns are out of range")
+
+
+def scheme_for(weight: Tensor, books: int, book_bits: int, unit: int) -> Scheme:
+    """Codebooks of 2**book_bits entries, or of the power of two that is an eighth of the groups of `weight [rows, columns]`."""
+    groups = weight.shape[0] * -(-weight.shape[1] // unit)
+    most = max(2, 2 ** ((groups // _GROUPS_AN_ENTRY).bit_length() - 1))
+    return Scheme(books, min(2**book_bits, most), unit)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,12 @@ class Hessian(Accumulator):
                 self._sums[row, :row] = self._sums[:row, row]
         return self._sums
 
+    def damped(self, share: float) -> Tensor:
+        """A copy of the matrix with `share` of its mean diagonal added, so that inputs that are always zero do not leave choices open."""
+        matrix = self.matrix.clone()
+        matrix.diagonal().add_(max(float(share * matrix.diagonal().mean()), 1e-12))
+        return matrix
+
     def _totals(self) -> Tensor:
         if self._scale is not None:
             self._sums.div_(self._scale)

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fewbits.core.checks import check_positive, check_range
 from fewbits.core.method import BlockMethod, Paper, Statistics, Tuning
-from fewbits.core.tensor import CompressedTensor
-from fewbits.formats.additive import Additive, decode_additive
-from fewbits.layers.learned import LearnedLinear
-from fewbits.layers.linear import StoredLinear
-from fewbits.layers.straight_through import straight_through
-from fewbits.solvers.additive import Additives, Scheme, fit_additive
+from fewbits.layers.learned_additive import AdditiveLinear
+from fewbits.solvers.additive import Additives, fit_additive, scheme_for
 from fewbits.statistics.hessian import Hessian
-
-_GROUPS_AN_ENTRY = 8  # a codebook has no more entries than a share of the groups that it is for
 
 
 @dataclass(frozen=True)
@@ -66,42 +59,18 @@ class Aqlm(BlockMethod):
     def begin_group(
         self, weights: Mapping[str, Tensor], biases: Mapping[str, Tensor | None], statistics: Statistics
     ) -> dict[str, nn.Module]:
-        hessian = statistics[Hessian].matrix.clone()
-        # Inputs that are always zero would leave their codes open.
-        hessian.diagonal().add_(max(float(self.damping * hessian.diagonal().mean()), 1e-12))
-        return {name: _Sums(self, weight, self.solve(weight, hessian)[0], biases[name]) for name, weight in weights.items()}
+        hessian = statistics[Hessian].damped(self.damping)
+        return {
+            name: AdditiveLinear(self.solve(weight, hessian)[0], weight.shape[1], self.rate, biases[name])
+            for name, weight in weights.items()
+        }
 
     def solve(self, weight: Tensor, hessian: Tensor) -> tuple[Additives, list[float]]:
         """`weight [rows, columns]` and the loss after every round."""
-        groups = weight.shape[0] * -(-weight.shape[1] // self.group_size)
-        most = max(2, 2 ** ((groups // _GROUPS_AN_ENTRY).bit_length() - 1))
-        scheme = Scheme(self.books, min(2**self.book_bits, most), self.group_size)
+        scheme = scheme_for(weight, self.books, self.book_bits, self.group_size)
         return fit_additive(weight, hessian, scheme, rounds=self.rounds, beam=self.beam, tolerance=self.tolerance, seed=self.seed)
 
     def tuning(self) -> Tuning | None:
         if not self.tune_steps:
             return None
         return Tuning(self.tune_steps, self.rate, ("codebooks", "scales"), self.batch_size, clip=1.0, seed=self.seed)
-
-
-class _Sums(LearnedLinear):
-    """Fixed codes; codebooks and scales are trained, as fp16 keeps them."""
-
-    def __init__(self, method: Aqlm, weight: Tensor, found: Additives, bias: Tensor | None) -> None:
-        super().__init__(bias)
-        self.rate, self.columns = method.rate, weight.shape[1]
-        self.register_buffer("codes", found.codes)
-        self.codebooks, self.scales = nn.Parameter(found.codebooks.clone()), nn.Parameter(found.scales.clone())
-
-    def weight(self) -> Tensor:
-        books, scales = (straight_through(one, one.detach().half().float()) for one in (self.codebooks, self.scales))
-        return decode_additive(self.get_buffer("codes"), books, self.columns) * scales
-
-    def groups(self) -> list[dict[str, Any]]:
-        # A row's scale is its norm: the rate is a share of it.
-        size = float(self.scales.detach().abs().mean())
-        return [{"params": [self.codebooks], "lr": self.rate}, {"params": [self.scales], "lr": self.rate * max(size, 1e-6)}]
-
-    def finish(self) -> StoredLinear:
-        books, scales = self.codebooks.detach().half(), self.scales.detach().half()
-        return StoredLinear(CompressedTensor((Additive.from_codes(self.get_buffer("codes"), books, scales, columns=self.columns),)))
