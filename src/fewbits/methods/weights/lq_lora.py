@@ -122,28 +122,41 @@ class LqLora(LayerMethod):
         return CompressedTensor((split.rounded, LowRank(Dense(split.left), Dense(split.right))))
 
     def decompose(self, weight: Tensor, configuration: Configuration, fisher: Tensor | None = None) -> Split:
-        """The alternation on `weight [rows, columns]`, its error weighted by `fisher` of the same shape; fp16 factors."""
-        rows, columns = weight.shape
-        rank = affordable_rank(rows, columns, self.adapter_rank, self.adapter_bits)
+        """The alternation on `weight [rows, columns]`, its error weighted by `fisher` of the same shape; fp16 factors.
+
+        The weighted low-rank step is exact only where `fisher` is a product of a row's and a column's number, so the plain step is
+        tried as well, and what leaves less of the weighted error is kept.
+        """
+        best = self._alternate(weight, configuration, fisher, fisher)
+        if fisher is not None and self.iterations:
+            plain = self._alternate(weight, configuration, None, fisher)
+            best = plain if min(plain[2]) < min(best[2]) else best
+        left, right, errors = best
+        codes, scales, _ = self._round(weight - left.float() @ right.float(), configuration)
+        size, bits = min(configuration.group_size, weight.shape[1]), configuration.bits
+        book = Codebook.from_codes(codes, _levels(bits)[None, None].half(), scales, bits=bits, group_size=size)
+        return Split(book, left, right, errors)
+
+    def _alternate(
+        self, weight: Tensor, configuration: Configuration, steering: Tensor | None, fisher: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[float]]:
+        """The best factors and all errors, in the norm of `fisher`; the low-rank step is weighted by the means of `steering`."""
+        rank = affordable_rank(weight.shape[0], weight.shape[1], self.adapter_rank, self.adapter_bits)
         rounded = torch.zeros_like(weight)
         best: tuple[Tensor, Tensor] | None = None
         errors: list[float] = []
         for _ in range(self.iterations):
-            left, right = self._low_rank(weight - rounded, rank, fisher)
-            product = left.float() @ right.float()
-            rounded = self._round(weight - product, configuration)[2]
-            errors.append(_norm(weight - product - rounded, fisher))
+            left, right = self._low_rank(weight - rounded, rank, steering)
+            rest = weight - left.float() @ right.float()
+            rounded = self._round(rest, configuration)[2]
+            errors.append(_norm(rest - rounded, fisher))
             if best is not None and errors[-1] > errors[-2]:
                 break
             best = left, right
         if best is None:
-            best = self._plain_adapter(rows, columns, rank)
+            best = self._plain_adapter(weight.shape[0], weight.shape[1], rank)
             errors.append(_norm(weight - self._round(weight, configuration)[2], fisher))
-        left, right = best
-        codes, scales, _ = self._round(weight - left.float() @ right.float(), configuration)
-        size = min(configuration.group_size, columns)
-        book = Codebook.from_codes(codes, _levels(configuration.bits)[None, None].half(), scales, bits=configuration.bits, group_size=size)
-        return Split(book, left, right, errors)
+        return *best, errors
 
     def table(self, weight: Tensor, fisher: Tensor | None = None) -> list[float]:
         """The squared error of each configuration of `GRID` after `table_iterations`; the first low-rank step is common to all."""
