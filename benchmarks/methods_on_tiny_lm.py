@@ -63,6 +63,11 @@ SETTINGS = {
         {"branch_rank": 0, "group_size": 16},
         {"feedback": True},
     ],
+    "lord": [{"share": share, "decomposition": kind} for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4) for kind in ("outputs", "svd")]
+    + [{"share": 0.8, "factor_bits": 8}],
+    "lq_lora": [{}, {"weighting": "none"}, {"iterations": 0, "weighting": "none"}, {"budget": 2.5}],
+    "apiq": [{}, {"adapter_rate": 0.0}, {"clip_rate": 0.0}, {"steps": 0}],
+    "apiq_saliency": [{}, {"saliency": "none"}],
     "smoothquant": [{"bits": 8}, {"bits": 8, "granularity": "static"}],
 }
 KEPT = (

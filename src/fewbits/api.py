@@ -129,7 +129,7 @@ def stored_bits(method: Method, rows: int = 256, columns: int = 512) -> dict[str
         statistics.sensitivities = dict(method.rank(sums) if isinstance(method, LayerMethod) else sums)
     if isinstance(method, LayerMethod):
         tensor = method.compress_group({"layer": weight}, statistics)["layer"]
-        stored = StoredLinear(tensor, method.activation(statistics, tensor))
+        stored = StoredLinear(tensor, method.activation(statistics, tensor), method.offset(weight, tensor, statistics))
     elif isinstance(method, BlockMethod):
         learned = cast(LearnedLinear, method.begin(weight, None, statistics))
         learned.harden()

@@ -26,7 +26,7 @@ def test_what_a_pass_says_of_the_loss_is_what_the_loss_is_and_no_row_loses(beam)
 def test_incremental_changes_are_recomputed_ones():
     from fewbits.solvers.additive import _Beam
 
-    weight, hessian, generator = problem()
+    weight, hessian, _generator = problem()
     found = start_additive(weight, Scheme(2, 16, 8))
     difference = found.decode(64) - weight
     state = _Beam(found, difference @ hessian, ((difference @ hessian) * difference).sum(1))

@@ -127,6 +127,10 @@ class LayerMethod(GradientMethod, ABC):
         """The quantizer of what the weight's terms read (a part with `apply(inputs) -> inputs`), or None: weights only."""
         return None
 
+    def offset(self, weight: Tensor, compressed: CompressedTensor, statistics: Statistics) -> Tensor | None:
+        """What is added to the outputs of a layer with `weight [out, in]`, `[out]` in the dtype it is stored in, or None."""
+        return None
+
     def rank(self, sensitivities: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Called once with the sums of all layers that this method compresses; what comes back is given to `compress`."""
         return sensitivities

@@ -18,10 +18,14 @@ Stored = TypeVar("Stored", bound=Part)
 
 @dataclass(frozen=True, eq=False)
 class StoredLinear(Part, kind="linear"):
-    """What is stored of a linear layer: its weight, and the quantizer of what the weight's terms read (a part with `apply`), if any."""
+    """What is stored of a linear layer: its weight, the quantizer of what the weight's terms read (a part with `apply`), if any.
+
+    `offset [out]` is added to the outputs, beside the layer's own bias.
+    """
 
     weight: CompressedTensor
     activation: Part | None = None
+    offset: Tensor | None = None
 
 
 class CompressedLayer(nn.Module, ABC, Generic[Stored]):
@@ -93,6 +97,8 @@ class CompressedLinear(CompressedLayer[StoredLinear]):
         stored = self.stored
         quantize = None if stored.activation is None else cast(Any, stored.activation).apply
         outputs = stored.weight.matmul(inputs, quantize)
+        if stored.offset is not None:
+            outputs = outputs + stored.offset.to(outputs.dtype)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
     def extra_repr(self) -> str:

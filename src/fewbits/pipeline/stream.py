@@ -248,7 +248,8 @@ class _Run:
                     statistics.choices = self.store.state(_CHOICES, [name for name in names if name in chosen])
                 weights = {name: weight_matrix(linears[name]).float().contiguous() for name in names}
                 for name, tensor in _compress(method, weights, statistics).items():
-                    stored[name] = StoredLinear(tensor, method.activation(statistics, tensor))
+                    offset = method.offset(weights[name], tensor, statistics)
+                    stored[name] = StoredLinear(tensor, method.activation(statistics, tensor), offset)
                     entries[name] = layer_entry(name, weights[name], stored[name], moment, statistics.tokens)
         return outputs, groups, {name: stored[name] for name in linears}, {name: entries[name] for name in linears}
 
