@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from fewbits.layers.linear import CompressedLayer
 class StoredConv2d(Part, kind="conv2d"):
     """What is stored of a convolution: its filters as a matrix `[out, in / groups * height * width]`, and how they move.
 
-    Raises InputError where the matrix does not hold whole filters.
+    `activation` rounds the images that it reads (a part with `apply`), None leaves them as they are. Raises InputError where
+    the matrix does not hold whole filters.
     """
 
     weight: CompressedTensor
@@ -27,6 +28,7 @@ class StoredConv2d(Part, kind="conv2d"):
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
+    activation: Part | None = None
 
     def __post_init__(self) -> None:
         height, width = self.kernel
@@ -35,14 +37,14 @@ class StoredConv2d(Part, kind="conv2d"):
             raise InputError(f"a matrix {[rows, columns]} does not hold filters {height} x {width} in {self.groups} groups")
 
     @classmethod
-    def like(cls, conv: nn.Conv2d, weight: CompressedTensor) -> Self:
+    def like(cls, conv: nn.Conv2d, weight: CompressedTensor, activation: Part | None = None) -> Self:
         """The filters `weight` moved as those of `conv` are; a depthwise convolution has as many groups as filters."""
         depthwise = conv.groups == conv.out_channels and conv.groups > 1
         groups = weight.shape[0] if depthwise else conv.groups
         height, width = conv.kernel_size
         stride, dilation = (conv.stride[0], conv.stride[1]), (conv.dilation[0], conv.dilation[1])
         padding = conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1])
-        return cls(weight, (height, width), stride, padding, dilation, groups, conv.padding_mode)
+        return cls(weight, (height, width), stride, padding, dilation, groups, conv.padding_mode, activation)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -72,6 +74,8 @@ class CompressedConv2d(CompressedLayer[StoredConv2d]):
 
     def forward(self, inputs: Tensor) -> Tensor:
         stored, padding = self.stored, self.stored.padding
+        if stored.activation is not None:
+            inputs = cast(Any, stored.activation).apply(inputs)
         if stored.padding_mode != "zeros":
             inputs, padding = nn.functional.pad(inputs, self._edges, mode=stored.padding_mode), (0, 0)
         weight = stored.weight.decode(inputs.dtype).view(stored.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -37,12 +37,14 @@ class Link:
 
     `producers` is one layer, or gate and up of a gated MLP. `one_to_one`: one side is a depthwise convolution, each of
     whose filters has an input of its own, so channels cannot stand in for each other. A consumer's input may hold several
-    columns for each channel, one after another, where a flattened image lies between.
+    columns for each channel, one after another, where a flattened image lies between. `rectified`: all that is read lies
+    behind a ReLU, at most with pooling in between.
     """
 
     producers: tuple[str, ...]
     consumers: tuple[str, ...]
     one_to_one: bool = False
+    rectified: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def find_channels(model: nn.Module) -> Channels:
         layers += [Layer(prefix + n, prefix + norm if norm else None) for n, norm in walk.layers.items() if images or n in inside]
         for link in found:
             producers, consumers = (tuple(prefix + name for name in side) for side in (link.producers, link.consumers))
-            links.append(Link(producers, consumers, link.one_to_one))
+            links.append(replace(link, producers=producers, consumers=consumers))
     return Channels(tuple(layers), tuple(links))
 
 
@@ -105,6 +107,7 @@ class _Flow:
     image: bool  # [batch, channels, height, width]; else channels are last, in a flattened image with their pixels
     flattened: bool = False
     bent: bool = False  # an activation or pooling lies behind the layer
+    rectified: bool = False  # the last activation was a ReLU, so that nothing is negative
 
 
 @dataclass
@@ -117,6 +120,7 @@ class _Walk:
     layers: dict[str, str | None] = field(default_factory=dict)  # every layer, and the norm that folds into it
     flows: dict[fx.Node, _Flow] = field(default_factory=dict)
     readers: dict[tuple[str, ...], list[str]] = field(default_factory=dict)
+    signed: set[tuple[str, ...]] = field(default_factory=set)  # sources of which somebody reads what may be negative
     lost: set[str] = field(default_factory=set)  # layers whose channels are read by something that cannot be mended
 
     def __post_init__(self) -> None:
@@ -139,7 +143,7 @@ class _Walk:
             one_to_one = any(_is_depthwise(self.root.get_submodule(name)) for name in (*sources, *readers))
             if one_to_one and len(sources) == 2:
                 continue
-            found.append(Link(sources, tuple(readers), one_to_one))
+            found.append(Link(sources, tuple(readers), one_to_one, sources not in self.signed))
         order = list(self.layers)
         return sorted(found, key=lambda link: max(order.index(name) for name in link.producers))
 
@@ -178,6 +182,8 @@ class _Walk:
         for flow in flows:
             if self._reads(layer, flow):
                 self.readers.setdefault(flow.sources, []).append(name)
+                if not flow.rectified:
+                    self.signed.add(flow.sources)
             else:
                 self._lose(node)
         self.layers[name] = None
@@ -206,10 +212,12 @@ class _Walk:
                 return flow
         elif isinstance(module, _STRAIGHT):
             return flow
-        elif isinstance(module, _BENDS) or (isinstance(module, _POOLS) and flow.image):
-            return _changed(flow, bent=True)
+        elif isinstance(module, _BENDS):
+            return replace(flow, bent=True, rectified=isinstance(module, (nn.ReLU, nn.ReLU6)))
+        elif isinstance(module, _POOLS) and flow.image:
+            return replace(flow, bent=True)
         elif isinstance(module, nn.Flatten) and flow.image and (module.start_dim, module.end_dim) == (1, -1):
-            return _changed(flow, image=False, flattened=True)
+            return replace(flow, image=False, flattened=True)
         return self._lose(node)
 
     def _combine(self, node: fx.Node, flows: list[_Flow]) -> _Flow | None:
@@ -218,7 +226,7 @@ class _Walk:
             return self._lose(node)  # the other tensor is nobody's
         first = flows[0]
         if all((flow.sources, flow.image, flow.flattened) == (first.sources, first.image, first.flattened) for flow in flows):
-            return _changed(first, bent=True)
+            return replace(first, bent=True, rectified=False)
         straight = [flow for flow in flows if not flow.bent]
         if _called(node) in ("mul", "imul") and len(flows) == 2 and len(straight) == 1 and all(len(flow.sources) == 1 for flow in flows):
             gate, up = (next(flow for flow in flows if flow is not straight[0]), straight[0])
@@ -234,19 +242,19 @@ def _single(node: fx.Node, name: str, flow: _Flow) -> _Flow | None:
     if name in ("dropout", "contiguous"):
         return flow
     if name in _BENDINGS:
-        return _changed(flow, bent=True)
+        return replace(flow, bent=True, rectified=name.startswith("relu"))
     if not flow.image:
         return None
     if name in _POOLINGS or node.target is nn.functional.max_pool2d:
-        return _changed(flow, bent=True)
+        return replace(flow, bent=True)
     if name == "flatten" and (rest == (1,) or (not rest and node.kwargs == {"start_dim": 1})):
-        return _changed(flow, image=False, flattened=True)
+        return replace(flow, image=False, flattened=True)
     if name in ("view", "reshape") and len(rest) == 2 and isinstance(rest[1], int) and rest[1] == -1:
-        return _changed(flow, image=False, flattened=True)
+        return replace(flow, image=False, flattened=True)
     if name == "mean" and not node.kwargs.get("keepdim"):
         axes = rest[0] if len(rest) == 1 else node.kwargs.get("dim")
         if isinstance(axes, (list, tuple)) and sorted(axis % 4 for axis in axes) == [2, 3]:
-            return _changed(flow, image=False, bent=True)
+            return replace(flow, image=False, bent=True)
     return None
 
 
@@ -260,11 +268,6 @@ def _called(node: fx.Node) -> str:
     if node.op == "call_method":
         return str(node.target)
     return str(getattr(node.target, "__name__", "")) if node.op == "call_function" else ""
-
-
-def _changed(flow: _Flow, *, image: bool | None = None, flattened: bool | None = None, bent: bool | None = None) -> _Flow:
-    given = (flow.image if image is None else image, flow.flattened if flattened is None else flattened)
-    return _Flow(flow.sources, *given, flow.bent if bent is None else bent)
 
 
 def _outputs(layer: Any) -> int:

@@ -4,10 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import fewbits
 from fewbits.core.errors import InputError
 from fewbits.core.method import Statistics
-from fewbits.layers.linear import CompressedLinear
 from fewbits.methods.weights.apiq import Apiq
 from fewbits.methods.weights.apiq_saliency import ApiqSaliency
 from fewbits.models.source import open_model

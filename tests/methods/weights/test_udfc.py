@@ -419,3 +419,30 @@ def test_values_out_of_range_and_models_without_layers_are_named():
         Udfc().rewrite(nn.Sequential(nn.LayerNorm(4)))
     with pytest.raises(InputError, match="no convolution"):
         rewritten(rewritten(conv_net()[0], bits=4), bits=4)
+
+
+def test_ranges_of_inputs_come_from_the_normalization_before_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5), nn.SiLU(), nn.Flatten(), nn.Linear(5 * 16, 3),
+    )  # fmt: skip
+    for norm in (model[1], model[5]):
+        nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.uniform_(norm.bias, -1, 1)
+    reach = [(norm.bias + 6 * norm.weight).max() for norm in (model[1], model[5])]
+    low = (6 * model[5].weight - model[5].bias).max()
+    images = torch.randn(64, 1, 8, 8)
+    with torch.no_grad():
+        model.train()(images)  # means and variances of these images
+    outputs, errors = model.eval()(images).detach(), {}
+    for bits in (None, 8, 4):
+        changed = rewritten(model, share=0.0, bits=8, activation_bits=bits)
+        errors[bits] = float((changed(images) - outputs).square().mean() / outputs.var())
+    layers = [one for one in rewritten(model, share=0.0, bits=8, activation_bits=8).modules() if hasattr(one, "stored")]
+    first, second, third = (one.stored.activation for one in layers)
+    assert first is None and not second.signed and third.signed
+    torch.testing.assert_close(second.scale[0] * 255, reach[0].detach())
+    torch.testing.assert_close(third.scale[0] * 127, torch.maximum(reach[1], low).detach())
+    assert errors[None] < errors[8] < 0.02 < errors[4] < 1
+    with pytest.raises(InputError, match="activation_bits"):
+        Udfc(bits=None, activation_bits=8)

@@ -124,8 +124,8 @@ class LqLora(LayerMethod):
     def decompose(self, weight: Tensor, configuration: Configuration, fisher: Tensor | None = None) -> Split:
         """The alternation on `weight [rows, columns]`, its error weighted by `fisher` of the same shape; fp16 factors.
 
-        The weighted low-rank step is exact only where `fisher` is a product of a row's and a column's number, so the plain step is
-        tried as well, and what leaves less of the weighted error is kept.
+        The weighted low-rank step is exact only where `fisher` is a product of a row's and a column's number, so the plain loop is
+        run as well, and the iterate that leaves the least weighted error is kept.
         """
         best = self._alternate(weight, configuration, fisher, fisher)
         if fisher is not None and self.iterations:
@@ -140,22 +140,27 @@ class LqLora(LayerMethod):
     def _alternate(
         self, weight: Tensor, configuration: Configuration, steering: Tensor | None, fisher: Tensor | None
     ) -> tuple[Tensor, Tensor, list[float]]:
-        """The best factors and all errors, in the norm of `fisher`; the low-rank step is weighted by the means of `steering`."""
+        """The factors of the least error in the norm of `fisher`, and all errors in it.
+
+        The low-rank step is weighted by the means of `steering`, in whose norm the loop stops at the first rise.
+        """
         rank = affordable_rank(weight.shape[0], weight.shape[1], self.adapter_rank, self.adapter_bits)
-        rounded = torch.zeros_like(weight)
-        best: tuple[Tensor, Tensor] | None = None
+        best = self._plain_adapter(weight.shape[0], weight.shape[1], rank)
+        if not self.iterations:
+            return *best, [_norm(weight - self._round(weight, configuration)[2], fisher)]
+        rounded, before = torch.zeros_like(weight), float("inf")
         errors: list[float] = []
         for _ in range(self.iterations):
             left, right = self._low_rank(weight - rounded, rank, steering)
             rest = weight - left.float() @ right.float()
             rounded = self._round(rest, configuration)[2]
             errors.append(_norm(rest - rounded, fisher))
-            if best is not None and errors[-1] > errors[-2]:
+            if errors[-1] == min(errors):
+                best = left, right
+            now = errors[-1] if steering is fisher else _norm(rest - rounded, steering)
+            if now > before:
                 break
-            best = left, right
-        if best is None:
-            best = self._plain_adapter(weight.shape[0], weight.shape[1], rank)
-            errors.append(_norm(weight - self._round(weight, configuration)[2], fisher))
+            before = now
         return *best, errors
 
     def table(self, weight: Tensor, fisher: Tensor | None = None) -> list[float]:

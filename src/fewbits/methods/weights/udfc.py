@@ -17,6 +17,7 @@ from fewbits.formats.ranges import SEARCHES, fit_uniform
 from fewbits.formats.uniform import Uniform
 from fewbits.layers.conv import CompressedConv2d, StoredConv2d
 from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.layers.static_activation import StaticQuantizer
 from fewbits.models.adapter import weight_matrix
 from fewbits.models.batchnorm import fold
 from fewbits.models.channels import Channels, find_channels
@@ -49,11 +50,14 @@ class Udfc(RewriteMethod):
 
     Stored: smaller convolutions and linear layers, one symmetric uniform term with an fp16 scale a row, biases in fp16; no
     masks or indices. With convolutions all layers are rounded, else MLPs alone. Depthwise convolutions are not pruned, and
-    mended by the scalar. Raises InputError for values out of range and for a model in which no layer was found.
+    mended by the scalar. With `activation_bits` layers that read the channels of one normalized layer round their inputs, on
+    a grid that reaches six standard deviations beyond the largest mean that the normalization gives. Raises InputError for
+    values out of range and for a model in which no layer was found.
     """
 
     share: float = 0.3
     bits: int | None = 6
+    activation_bits: int | None = None
     bias_weight: float = 0.1
     penalty: float = 0.1
     offset: Literal["mean", "bias"] = "mean"
@@ -70,6 +74,10 @@ class Udfc(RewriteMethod):
             raise InputError(f"share={self.share} is out of range; 0 to less than 1 would be right")
         if self.bits is not None:
             check_range("bits", self.bits, 2, 8)
+        if self.activation_bits is not None:
+            check_range("activation_bits", self.activation_bits, 2, 16)
+            if self.bits is None:
+                raise InputError("activation_bits rounds what compressed layers read; bits for the weights as well would be right")
         chosen = (("criterion", self.criterion, _CRITERIA), ("repair", self.repair, _REPAIRS), ("offset", self.offset, _OFFSETS))
         for name, value, known in (*chosen, ("search", self.search, SEARCHES), ("space", self.space, _SPACES)):
             if value not in known:
@@ -103,6 +111,8 @@ class Udfc(RewriteMethod):
                 mixing, shift = self._prune([layers[one] for one in link.producers], link.one_to_one)
                 for reader in link.consumers:
                     layers[reader].absorb(mixing, shift)
+                    if self.activation_bits is not None and len(link.producers) == 1:
+                        layers[reader].activation = layer.grid(self.activation_bits, link.rectified)
             elif name not in waiting:
                 layer.round(self.bits, self.search)
         return layers
@@ -165,7 +175,12 @@ class _Layer:
         self.module = module
         self.tensor: CompressedTensor | None = None
         self.weight, self.bias = weight.double(), None if module.bias is None else module.bias.double()
+        self.activation: StaticQuantizer | None = None
+        self.reach: Tensor | None = None  # how far each channel comes above and below zero
         self.power = torch.ones((), dtype=torch.float64, device=weight.device)  # variance of what the layer puts out
+        if norm is not None and norm.weight is not None and norm.bias is not None:
+            six = 6 * norm.weight.double().abs()
+            self.reach = torch.stack([norm.bias.double() + six, six - norm.bias.double()])
         if norm is not None:
             self.weight, self.bias = fold(self.weight, self.bias, norm)
             self.power = self.power if norm.weight is None else norm.weight.double().square().mean()
@@ -192,8 +207,16 @@ class _Layer:
             series[:, 0] = 0
         return _View(flat / norms.clamp(min=1e-30)[:, None], series, mean if centred else None)
 
+    def grid(self, bits: int, rectified: bool) -> StaticQuantizer | None:
+        """For what the layer puts out (DFQ, arXiv 1906.04721, section 4.3), None where no normalization says how far that reaches."""
+        if self.reach is None:
+            return None
+        reach = self.reach[0] if rectified else self.reach.amax(0)
+        return StaticQuantizer.for_largest(reach.max().clamp(min=0), bits, signed=not rectified)
+
     def keep(self, rows: Tensor) -> None:
         self.weight, self.offset = self.weight[rows], self.offset[rows]
+        self.reach = None if self.reach is None else self.reach[:, rows]
         self.bias = None if self.bias is None else self.bias[rows]
 
     def absorb(self, mixing: Tensor, shift: Tensor) -> None:
@@ -237,8 +260,8 @@ class _Layer:
             return self._dense()
         bias = None if self.bias is None else self.bias.half()
         if isinstance(self.module, nn.Conv2d):
-            return CompressedConv2d(StoredConv2d.like(self.module, self.tensor), bias)
-        return CompressedLinear(StoredLinear(self.tensor), bias)
+            return CompressedConv2d(StoredConv2d.like(self.module, self.tensor, self.activation), bias)
+        return CompressedLinear(StoredLinear(self.tensor, self.activation), bias)
 
     def _dense(self) -> nn.Module:
         old, (outputs, inputs, _) = self.module, self.weight.shape
