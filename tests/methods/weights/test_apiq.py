@@ -168,7 +168,7 @@ def test_ranges_and_branch_together_beat_each_alone(short, tmp_path):
         for name, method in methods.items()
     }
     lost = {name: far(path, found, heldout) for name, found in layers.items()}
-    assert lost["joint"] < 0.95 * min(lost["ranges"], lost["branch"]) and max(lost["ranges"], lost["branch"]) < 0.95 * lost["start"]
+    assert lost["joint"] < 0.98 * min(lost["ranges"], lost["branch"]) and max(lost["ranges"], lost["branch"]) < 0.95 * lost["start"]
 
     # The best low-rank part of the rounding error (LoftQ's first step) is nearer in weights and farther in outputs.
     source, fitted, near = open_model(path), {}, {"fitted": 0.0, "joint": 0.0}

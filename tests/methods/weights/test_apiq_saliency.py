@@ -1,11 +1,14 @@
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import fewbits
 from fewbits.core.errors import InputError
 from fewbits.core.method import Statistics
+from fewbits.layers.linear import CompressedLinear
 from fewbits.methods.weights.apiq import Apiq
 from fewbits.methods.weights.apiq_saliency import ApiqSaliency
 from fewbits.models.source import open_model
@@ -139,3 +142,31 @@ def test_gradients_are_of_the_dense_model_kept_and_not_gathered_again(small, tmp
     monkeypatch.setattr("fewbits.pipeline.gradients.gather_sensitivities", None)
     again = dict(compress_model(source, Plan(method), WINDOWS, tmp_path / "stopped").layers())
     assert all(torch.equal(stored.weight.decode(), again[name].weight.decode()) for name, stored in whole.layers())
+
+
+@pytest.mark.slow
+def test_the_more_it_counts_the_nearer_the_weights_and_the_farther_the_outputs(tmp_path):
+    """The built-in model's first block, on the text that it is trained on."""
+    whole = open_model("builtin:tiny-lm").load()
+    model = LlamaForCausalLM(LlamaConfig(**(whole.config.to_dict() | {"num_hidden_layers": 1})))
+    model.load_state_dict(whole.state_dict(), strict=False)
+    model.save_pretrained(tmp_path / "model")
+    windows = fewbits.TextSample(count=8, length=64).windows(open_model("builtin:tiny-lm").tokenizer())
+    source, found = open_model(tmp_path / "model"), []
+    for share in (0.0, 3.0, 100.0):
+        method = ApiqSaliency(steps=80, batch_size=2, weight=share, decay=0.0)
+        run = compress_model(source, Plan(method), windows, tmp_path / str(share))
+        saliency, dense, ours = run.store.state("sensitivities"), source.load(), source.load()
+        near = 0.0
+        for name, stored in run.layers():
+            difference = stored.weight.terms[0].decode() - dense.get_submodule(name).weight.detach()
+            near += float((saliency[name] * difference.square()).sum())
+            ours.set_submodule(name, CompressedLinear(stored))
+        outputs = []
+        for one in (dense, ours):
+            one.model.layers[0].register_forward_hook(lambda _, inputs, output, seen=outputs: seen.append(output))
+            with torch.no_grad():
+                one(input_ids=windows)
+        found.append((near, float((outputs[0] - outputs[1]).square().mean())))
+    near, far = zip(*found, strict=True)
+    assert all(after < before for before, after in pairwise(near)) and all(after > before for before, after in pairwise(far)), found

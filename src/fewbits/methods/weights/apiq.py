@@ -33,10 +33,10 @@ class Apiq(BlockMethod):
     adapter_bits: float = 0.5
     alpha: float = 16.0
     targets: Literal["dense", "both"] = "dense"
-    clip_rate: float = 5e-3
-    adapter_rate: float = 5e-4
+    clip_rate: float = 2e-2
+    adapter_rate: float = 1e-3
     decay: float = 0.1
-    steps: int = 640
+    steps: int = 400
     batch_size: int = 1
     seed: int = 0
 

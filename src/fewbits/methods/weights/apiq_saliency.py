@@ -36,13 +36,13 @@ class ApiqSaliency(BlockMethod):
     adapter_bits: float = 0.5
     alpha: float = 16.0
     saliency: Literal["fisher", "none", "permuted"] = "fisher"  # S; "none": ones; "permuted": shuffled within each matrix
-    weight: float = 0.1
+    weight: float = 0.01
     penalized: Literal["before_lora", "after_lora"] = "before_lora"
     stages: Literal["mixed", "weights first", "output last"] = "mixed"
-    clip_rate: float = 5e-3
-    adapter_rate: float = 5e-4
+    clip_rate: float = 2e-2
+    adapter_rate: float = 1e-3
     decay: float = 0.1
-    steps: int = 640
+    steps: int = 400
     batch_size: int = 1
     seed: int = 0
 
