@@ -126,6 +126,14 @@ class Term(Part):
         """`inputs [..., columns] @ decode().T`, the definition that every kernel is compared with."""
         return inputs @ self.decode(inputs.dtype).T
 
+    def stacked(self, below: Term) -> Term | None:
+        """One term with the rows of `below` under these, where every stored number can stay as it is; else None."""
+        return None
+
+    def widened(self, beside: Term) -> Term | None:
+        """One term with the columns of `beside` behind these, where every stored number can stay as it is; else None."""
+        return None
+
 
 class Transform(Part):
     """An invertible linear map T of the last axis, y = T x."""
@@ -186,6 +194,15 @@ class CompressedTensor(Part, kind="compressed_tensor"):
         for transform in self.output_transforms:
             outputs = transform.apply(outputs)
         return outputs
+
+    def stacked(self, below: CompressedTensor) -> CompressedTensor | None:
+        """One tensor with the rows of `below` under these, where every stored number can stay as it is; else None."""
+        if self.input_transforms or self.output_transforms or below.input_transforms or below.output_transforms:
+            return None
+        if len(self.terms) != len(below.terms):
+            return None
+        joined = [term.stacked(other) for term, other in zip(self.terms, below.terms, strict=True)]
+        return None if any(term is None for term in joined) else CompressedTensor(tuple(term for term in joined if term is not None))
 
     def bits_per_weight(self) -> float:
         """All stored bits over rows x columns."""

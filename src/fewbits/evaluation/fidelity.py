@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,24 +40,31 @@ def score(model: nn.Module, windows: Tensor, reference: nn.Module | None = None,
 
 def _score_batches(model: nn.Module, windows: Tensor, reference: nn.Module | None, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
     for batch in windows.split(batch_size):
-        ours = _log_probabilities(model, batch)
-        targets = batch[:, 1:, None]
-        loss = -ours.gather(-1, targets).squeeze(-1)
-        if reference is None:
-            yield (loss,)
-            continue
-        theirs = _log_probabilities(reference, batch)
-        if theirs.shape != ours.shape:
-            raise InputError(f"the models have vocabularies of {ours.shape[-1]} and {theirs.shape[-1]} tokens; they must be the same")
-        forward = (theirs.exp() * (theirs - ours)).sum(-1)
-        reverse = (ours.exp() * (ours - theirs)).sum(-1)
-        agreement = (ours.argmax(-1) == theirs.argmax(-1)).float()
-        yield loss, -theirs.gather(-1, targets).squeeze(-1), forward, reverse, agreement
+        theirs = None if reference is None else _logits(reference, batch)
+        yield compare_logits(_logits(model, batch), theirs, batch[:, 1:])
 
 
-def _log_probabilities(model: Any, batch: Tensor) -> Tensor:
-    """float32 `[sequences, length - 1, vocabulary]`: what is said about the token after each but the last."""
-    return torch.log_softmax(model(input_ids=batch, use_cache=False).logits[:, :-1].float(), dim=-1)
+def _logits(model: Any, batch: Tensor) -> Tensor:
+    """`[sequences, length - 1, vocabulary]`: what is said about the token after each but the last."""
+    return cast(Tensor, model(input_ids=batch, use_cache=False).logits[:, :-1])
+
+
+def compare_logits(ours: Tensor, theirs: Tensor | None, targets: Tensor) -> tuple[Tensor, ...]:
+    """The columns of `TokenScores` from logits `[sequences, tokens, vocabulary]`, the loss alone where `theirs` is None.
+
+    `targets [sequences, tokens]` are the next tokens. Raises InputError for different vocabularies.
+    """
+    ours, targets = torch.log_softmax(ours.float(), dim=-1), targets[..., None]
+    loss = -ours.gather(-1, targets).squeeze(-1)
+    if theirs is None:
+        return (loss,)
+    theirs = torch.log_softmax(theirs.float(), dim=-1)
+    if theirs.shape != ours.shape:
+        raise InputError(f"the models have vocabularies of {ours.shape[-1]} and {theirs.shape[-1]} tokens; they must be the same")
+    forward = (theirs.exp() * (theirs - ours)).sum(-1)
+    reverse = (ours.exp() * (ours - theirs)).sum(-1)
+    agreement = (ours.argmax(-1) == theirs.argmax(-1)).float()
+    return loss, -theirs.gather(-1, targets).squeeze(-1), forward, reverse, agreement
 
 
 def summarize(scores: TokenScores, *, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:

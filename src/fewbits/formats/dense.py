@@ -28,3 +28,14 @@ class Dense(Term, kind="dense"):
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.values.to(dtype)
+
+    def stacked(self, below: Term) -> Term | None:
+        return self._joined(below, 0)
+
+    def widened(self, beside: Term) -> Term | None:
+        return self._joined(beside, 1)
+
+    def _joined(self, other: Term, axis: int) -> Term | None:
+        if not isinstance(other, Dense) or other.values.dtype != self.values.dtype or other.shape[1 - axis] != self.shape[1 - axis]:
+            return None
+        return Dense(torch.cat([self.values, other.values], axis))

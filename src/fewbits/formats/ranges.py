@@ -1,5 +1,7 @@
 """Where the levels of a uniform grid lie: scales and zero points fitted to rows or groups of weights."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,8 @@ _SHRINK_STEPS = 80  # GPTQ's clip search: factors 1 - i/100, i = 0..79
 
 
 _POWERS = {"shrink": 2.4, "mse": 2.0}
-SEARCHES = ("minmax", "percentile", "mse", "shrink")
+Search = Literal["minmax", "percentile", "mse", "shrink"]
+SEARCHES = get_args(Search)
 
 
 def fit_uniform(
@@ -59,6 +62,18 @@ def fit_groups(weight: Tensor, bits: int, group_size: int, **options) -> tuple[T
     """`fit_uniform` for every group of columns: scales and zero points `[rows, groups]`; the last group may be shorter."""
     fitted = [fit_uniform(group, bits, **options) for group in weight.split(group_size, dim=1)]
     return torch.cat([scale for scale, _ in fitted], dim=1), torch.cat([zero for _, zero in fitted], dim=1)
+
+
+def fit_extremes(matrix: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
+    """Scales and real zero points `[rows, groups]`, both fp16, that put the first and last level on each group's extremes.
+
+    Zero need not lie inside; a group of nearly equal values has a scale of a thousandth of them, so that fp16 holds its zero.
+    """
+    parts = matrix.split(group_size, dim=1)
+    low, high = torch.cat([part.amin(1, keepdim=True) for part in parts], 1), torch.cat([part.amax(1, keepdim=True) for part in parts], 1)
+    spread = (high - low) / (2**bits - 1)
+    scales = torch.maximum(spread, (low.abs() / 1000).clamp(min=6.2e-5)).half()
+    return scales, (-low / scales.float()).half()
 
 
 def round_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

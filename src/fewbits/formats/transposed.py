@@ -23,3 +23,11 @@ class Transposed(Term, kind="transposed"):
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.inner.decode(dtype).T
+
+    def stacked(self, below: Term) -> Term | None:
+        joined = self.inner.widened(below.inner) if isinstance(below, Transposed) else None
+        return None if joined is None else Transposed(joined)
+
+    def widened(self, beside: Term) -> Term | None:
+        joined = self.inner.stacked(beside.inner) if isinstance(beside, Transposed) else None
+        return None if joined is None else Transposed(joined)

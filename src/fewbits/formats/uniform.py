@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
 from fewbits.formats.packing import pack, unpack
-from fewbits.formats.ranges import round_codes
+from fewbits.formats.ranges import fit_extremes, round_codes
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,14 @@ class Uniform(Term, kind="uniform"):
         codes = round_codes(weight, wide_scales, wide_zeros, bits).to(torch.uint8)
         return cls.from_codes(codes, scales, None if symmetric else zeros.to(torch.uint8), bits=bits, group_size=group_size)
 
+    @classmethod
+    def between_extremes(cls, matrix: Tensor, *, bits: int, group_size: int) -> Uniform:
+        """`matrix [rows, columns]` rounded on min-max grids with fp16 scales and real fp16 zero points; zero need not lie inside."""
+        scales, zeros = fit_extremes(matrix, bits, group_size)
+        wide_scales, wide_zeros = (v.float().repeat_interleave(group_size, dim=1)[:, : matrix.shape[1]] for v in (scales, zeros))
+        codes = torch.round(matrix / wide_scales + wide_zeros).clamp(0, 2**bits - 1).to(torch.uint8)
+        return cls.from_codes(codes, scales, zeros, bits=bits, group_size=group_size)
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.rows, self.columns
@@ -83,6 +92,43 @@ class Uniform(Term, kind="uniform"):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         scales, zeros = (self._spread(values) for values in (_values(self.scales), self.unpacked_zero_points()))
         return ((self.unpacked_codes().float() - zeros) * scales).to(dtype)
+
+    def stacked(self, below: Term) -> Term | None:
+        same = isinstance(below, Uniform) and self._alike(below) and below.columns == self.columns
+        if not same or any(one.scales.shape[0] != one.rows for one in (self, below) if isinstance(one, Uniform)):
+            return None
+        return self._joined(cast(Uniform, below), 0, self.zero_points)
+
+    def widened(self, beside: Term) -> Term | None:
+        same = (
+            isinstance(beside, Uniform)
+            and self._alike(beside)
+            and beside.rows == self.rows
+            and beside.scales.shape[0] == self.scales.shape[0]
+        )
+        # Behind a part of a group, or of a byte, nothing can be put without being written anew.
+        if not same or self.columns % self.group_size or self.columns * self.bits_per_code % 8:
+            return None
+        zeros = self.zero_points
+        whole = zeros is None or cast(Tensor, zeros).is_floating_point() or self.scales.shape[1] * self.bits_per_code % 8 == 0
+        return self._joined(cast(Uniform, beside), 1, zeros) if whole else None
+
+    def _alike(self, other: Uniform) -> bool:
+        """Whether both are of one width, group size and kind of stored numbers."""
+        if (self.bits_per_code, self.group_size) != (other.bits_per_code, other.group_size):
+            return False
+        pairs = ((self.scales, other.scales), (self.zero_points, other.zero_points))
+        return all(
+            (one is None and two is None) or (isinstance(one, Tensor) and isinstance(two, Tensor) and one.dtype == two.dtype)
+            for one, two in pairs
+        )
+
+    def _joined(self, other: Uniform, axis: int, zeros: Tensor | Term | None) -> Uniform:
+        scales = torch.cat([cast(Tensor, self.scales), cast(Tensor, other.scales)], axis)
+        together = None if zeros is None else torch.cat([cast(Tensor, zeros), cast(Tensor, other.zero_points)], axis)
+        rows, columns = (self.rows + other.rows, self.columns) if axis == 0 else (self.rows, self.columns + other.columns)
+        codes = torch.cat([self.codes, other.codes], axis)
+        return Uniform(codes, scales, together, rows, columns, self.bits_per_code, self.group_size)
 
     def _spread(self, values: Tensor) -> Tensor:
         """One value a group to one value a column; a single group broadcasts as it is."""

@@ -1,0 +1,1 @@
+"""Methods that write the keys and values of attention in few bits."""

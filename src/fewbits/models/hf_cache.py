@@ -1,0 +1,332 @@
+"""Caches of few bits for transformers' own generate(): exact tokens that a method seals run by run, never twice."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from fewbits.core.cache_method import CacheMethod, CacheRun, Side
+from fewbits.core.errors import InputError, NumericsError
+from fewbits.core.tensor import CompressedTensor
+from fewbits.models.rotary import Rotary
+
+Tables = Mapping[int, Mapping[str, Tensor]]  # calibrated tensors by layer
+
+
+class Sequences:
+    """What a model's forward says of the tokens of a batch, shared by the layers of one cache: positions, and padding at the left."""
+
+    def __init__(self) -> None:
+        self.text: Tensor | None = None  # bool [batch, tokens], False: padding; None: all is text
+        self.positions: Tensor | None = None  # int32 [batch, tokens]
+
+    def observe(self, mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], seen: int) -> None:
+        """A forward of `shape` (batch, new tokens) after `seen` tokens is about to run."""
+        batch, fresh = shape
+        self.text = mask.bool() if mask is not None and mask.ndim == 2 and mask.shape[1] == seen + fresh else None
+        if positions is None:
+            positions = torch.arange(seen, seen + fresh)
+        new = positions.reshape(-1, fresh).expand(batch, fresh).to(torch.int32)
+        self.positions = new if self.positions is None or not seen else torch.cat([self.positions[:, :seen], new], 1)
+
+    def choose(self, rows: Tensor) -> None:
+        """The batch is now made of these of its sequences."""
+        self.text = None if self.text is None else self.text[rows]
+        self.positions = None if self.positions is None else self.positions[rows]
+
+
+class _SideState:
+    """Keys, or values, of one layer: runs sealed for each sequence, then exact tokens `[batch, heads, tokens, head_dim]`."""
+
+    def __init__(self, side: Side) -> None:
+        self.side = side
+        self.sealed: list[list[CompressedTensor]] = []  # by sequence; equally many tokens in each
+        self.exact: Tensor | None = None
+
+    @property
+    def sealed_tokens(self) -> int:
+        return sum(run.shape[0] for run in self.sealed[0]) if self.sealed else 0
+
+    @property
+    def tokens(self) -> int:
+        return self.sealed_tokens + (0 if self.exact is None else self.exact.shape[2])
+
+    def append(self, states: Tensor) -> None:
+        if self.exact is None:
+            self.exact, self.sealed = states, [[] for _ in range(len(states))]
+        else:
+            self.exact = torch.cat([self.exact, states], 2)
+
+    def push(self, runs: Sequence[CompressedTensor]) -> None:
+        """One run more for each sequence; neighbours of equal length become one, so that there are few, and few copies."""
+        assert self.exact is not None
+        self.exact = self.exact[:, :, runs[0].shape[0] :].clone()  # a view would keep the sealed tokens in memory
+        for chain, run in zip(self.sealed, runs, strict=True):
+            chain.append(run)
+            while len(chain) > 1 and chain[-2].shape[0] <= chain[-1].shape[0]:
+                joined = chain[-2].stacked(chain[-1])
+                if joined is None:
+                    break
+                chain[-2:] = [joined]
+
+    def choose(self, rows: Tensor) -> None:
+        """Sealed runs are values: sequences that descend from one share its bytes."""
+        if self.exact is not None:
+            self.exact = self.exact.index_select(0, rows)
+            self.sealed = [list(self.sealed[row]) for row in rows.tolist()]
+
+
+class CompressedLayer(CacheLayerMixin):
+    """One decoder layer's keys and values. Raises NumericsError where a sealed run is not finite.
+
+    The prompt, in however many pieces it comes, is sealed at the first step of a single token, unless `chunked`: then at the
+    next step, whatever its length.
+    """
+
+    is_compileable = False
+    is_croppable = False  # only tokens that are not sealed yet can be taken back
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(
+        self, method: CacheMethod, index: int, sequences: Sequences, *, tables: Mapping[str, Tensor], rotary: Rotary | None, chunked: bool
+    ) -> None:
+        super().__init__()
+        self.method, self.index, self.sequences, self.tables = method, index, sequences, dict(tables)
+        self.rotary, self.chunked = rotary, chunked
+        self.salience: Tensor | None = None  # [batch, heads, tokens] of the exact keys, measured from outside
+        self._empty()
+
+    def _empty(self) -> None:
+        self.sides: dict[Side, _SideState] = {"keys": _SideState("keys"), "values": _SideState("values")}
+        self.settled: list[dict[str, Tensor]] = []
+        self.in_prompt = True
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.heads, self.head_dim = key_states.dtype, key_states.shape[1], key_states.shape[3]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values of the sequences, old ones as they are stored, `[batch, heads, tokens, head_dim]`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.get_seq_length() and (key_states.shape[2] == 1 or self.chunked):
+            self.flush()
+        for state, new in zip(self.sides.values(), (key_states, value_states), strict=True):
+            state.append(new)
+        found = self.read("keys"), self.read("values")
+        if not self.in_prompt and not self.method.uses_salience:
+            self.seal()
+        return found
+
+    def flush(self) -> None:
+        """Seal what is due, the prompt's rest among it."""
+        self.seal()
+        self.in_prompt = False
+
+    def seal(self) -> None:
+        """Ask the method what is due, and write it."""
+        for state in self.sides.values():
+            if state.exact is None:
+                continue
+            due = self.method.due(state.exact.shape[2], state.side, self.in_prompt)
+            if due:
+                self._seal_run(state, due)
+
+    def _seal_run(self, state: _SideState, count: int) -> None:
+        start, runs = state.sealed_tokens, []
+        exact = cast(Tensor, state.exact)
+        if not self.settled:
+            self.settled = [{} for _ in range(len(exact))]
+        write = self.method.seal_keys if state.side == "keys" else self.method.seal_values
+        for row in range(len(exact)):
+            matrix = self._as_sealed(state.side, row, start, count)
+            salience = None if self.salience is None else self.salience[row, :, :count]
+            run = CacheRun(self.index, start, self.in_prompt, self.heads, salience, self.tables, self.settled[row])
+            if not run.settled and state.side == "keys":
+                values = self._as_sealed("values", row, start, min(count, cast(Tensor, self.sides["values"].exact).shape[2]))
+                self.settled[row] = dict(self.method.settle(matrix, values, run))
+                run = CacheRun(self.index, start, self.in_prompt, self.heads, salience, self.tables, self.settled[row])
+            runs.append(write(matrix, run))
+            if any(not bool(torch.isfinite(one).all()) for one in runs[-1].tensors().values() if one.is_floating_point()):
+                raise NumericsError(f"layer {self.index}: the {state.side} of tokens {start} to {start + count} are not finite")
+        state.push(runs)
+
+    def _as_sealed(self, side: Side, row: int, start: int, count: int) -> Tensor:
+        """float32 `[tokens, channels]` of the oldest exact tokens of a sequence; padding repeats the first token of text."""
+        exact = cast(Tensor, self.sides[side].exact)[row, :, :count].float()
+        if side == "keys" and self.rotary is not None:
+            exact = self.rotary.undo(exact[None], self._positions(start, count)[row : row + 1])[0]
+        matrix = exact.transpose(0, 1).reshape(count, -1)
+        text = self.sequences.text
+        if text is None or bool(text[row, start : start + count].all()):
+            return matrix
+        inside = text[row, start : start + count].nonzero().flatten()
+        stand_in = matrix[inside[0]] if len(inside) else torch.zeros_like(matrix[0])
+        return torch.where(text[row, start : start + count, None], matrix, stand_in)
+
+    def _positions(self, start: int, count: int) -> Tensor:
+        if self.sequences.positions is None:
+            raise InputError("the cache was not opened for this model; fewbits.caches.open(model, ...) would be right")
+        return self.sequences.positions[:, start : start + count]
+
+    def read(self, side: Side) -> Tensor:
+        """What the attention gets, `[batch, heads, tokens, head_dim]` in the model's dtype."""
+        state = self.sides[side]
+        exact = cast(Tensor, state.exact)
+        count = state.sealed_tokens
+        if not count:
+            return exact
+        old = torch.stack([torch.cat([run.decode() for run in chain]) for chain in state.sealed])
+        old = old.view(len(old), count, self.heads, -1).transpose(1, 2)
+        if side == "keys" and self.rotary is not None:
+            old = self.rotary.apply(old, self._positions(0, count))
+        return torch.cat([old.to(self.dtype), exact], 2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.sides["keys"].tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self._empty()
+
+    def choose(self, rows: Tensor) -> None:
+        """The batch is now made of these of its sequences."""
+        for state in self.sides.values():
+            state.choose(rows)
+        if self.salience is not None:
+            self.salience = self.salience[rows]
+        self.settled = [self.settled[row] for row in rows.tolist()] if self.settled else []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.choose(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.choose(torch.arange(self._batch())[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.choose(torch.arange(self._batch()).repeat_interleave(repeats))
+
+    def _batch(self) -> int:
+        exact = self.sides["keys"].exact
+        return 0 if exact is None else len(exact)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take the last tokens back. Raises InputError where some of them are sealed."""
+        count = abs(tokens_to_remove)
+        if not count or not self.is_initialized:
+            return
+        kept = min(cast(Tensor, state.exact).shape[2] for state in self.sides.values())
+        if count > kept:
+            raise InputError(f"layer {self.index}: {count} tokens cannot be taken back, the last {kept} can; the others are sealed")
+        for state in self.sides.values():
+            state.exact = cast(Tensor, state.exact)[:, :, :-count].clone()
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """What is stored, by what it is: codes, scales, ..., `exact` tokens, and what the first run `settled`."""
+        found: dict[str, list[Tensor]] = {}
+        for state in self.sides.values():
+            for run in {id(run): run for chain in state.sealed for run in chain}.values():
+                for name, tensor in run.tensors().items():
+                    found.setdefault(f"{state.side}.{name.rpartition('.')[2]}", []).append(tensor)
+            if state.exact is not None:
+                found.setdefault(f"{state.side}.exact", []).append(state.exact)
+        settled = [tensor for row in {id(row): row for row in self.settled}.values() for tensor in row.values()]
+        return found | ({"settled": settled} if settled else {})
+
+
+class CompressedCache(Cache):
+    """A cache whose full-attention layers are written in few bits by a method; other layers keep their own layout."""
+
+    def __init__(self, model: PreTrainedModel, method: CacheMethod, *, tables: Tables | None = None, chunked: bool = False) -> None:
+        self.method, self.sequences = method, Sequences()
+        rotary = None if method.rotated_keys else Rotary.of(model)
+        layers = list(DynamicCache(config=model.config).layers)
+        for index, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                mine = {} if tables is None else tables.get(index, {})
+                layers[index] = CompressedLayer(method, index, self.sequences, tables=mine, rotary=rotary, chunked=chunked)
+        if not any(isinstance(layer, CompressedLayer) for layer in layers):
+            raise InputError(f"{type(model).__name__} has no layer of full attention whose keys and values could be compressed")
+        super().__init__(layers=layers)
+        _watch(model)
+
+    def compressed(self) -> list[CompressedLayer]:
+        """The layers that are written in few bits."""
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    def observe(self, mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int]) -> None:
+        """What a forward of `shape` (batch, new tokens) is given, before it runs."""
+        self.sequences.observe(mask, positions, shape, self.compressed()[0].get_seq_length())
+
+    def flush(self) -> None:
+        """Seal what is due, such as the prompt before its first step."""
+        for layer in self.compressed():
+            layer.flush()
+
+    def reset(self) -> None:
+        super().reset()
+        self.sequences.text = self.sequences.positions = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(cast(torch.LongTensor, beam_idx))
+        self.sequences.choose(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        rows = torch.arange(self.compressed()[0]._batch()).repeat_interleave(repeats)
+        super().batch_repeat_interleave(repeats)
+        self.sequences.choose(rows)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.sequences.choose(indices)
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes of the compressed layers by what they are, counted from the stored tensors, and bits per element of keys and values."""
+        bits: dict[str, int] = {}
+        for layer in self.compressed():
+            for name, tensors in layer.tensors().items():
+                bits[name] = bits.get(name, 0) + sum(8 * tensor.nbytes for tensor in tensors)
+        elements = sum(2 * layer._batch() * layer.get_seq_length() * layer.heads * layer.head_dim for layer in self.compressed())
+        total = sum(bits.values())
+        return {"bytes": total // 8, "bits": bits, "bits_per_element": total / elements if elements else 0.0}
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """What `model`'s forward and generate call a cache, which differs between versions of transformers."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+_WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _watch(model: PreTrainedModel) -> None:
+    """Let the caches given to a model's forward see its mask and positions, which the layers are not told."""
+    if model in _WATCHED:
+        return
+    _WATCHED.add(model)
+
+    def tell(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        cache = next((value for value in keywords.values() if isinstance(value, CompressedCache)), None)
+        if cache is None:
+            return
+        tokens = keywords.get("input_ids", arguments[0] if arguments else None)
+        tokens = keywords["inputs_embeds"] if tokens is None else tokens
+        mask = keywords.get("attention_mask")
+        cache.observe(mask if isinstance(mask, Tensor) else None, keywords.get("position_ids"), (tokens.shape[0], tokens.shape[1]))
+
+    hook: Callable[..., None] = tell
+    model.register_forward_pre_hook(hook, with_kwargs=True)
