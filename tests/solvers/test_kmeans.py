@@ -52,6 +52,16 @@ def test_merged_runs_lose_next_to_nothing():
     assert float(gap.max()) < 1.01 and float(gap.median()) < 1.001
 
 
+def test_values_far_out_get_runs_of_their_own():
+    """Student t with 3 degrees of freedom: merged with its neighbours the largest value would hide that it needs a level."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(8, 1000, generator=generator) / torch.randn(3, 8, 1000, generator=generator).square().mean(0).sqrt()
+    weights = torch.randn(8, 1000, generator=generator).square()
+    levels, best = cluster_rows(values, weights, 8), exact_levels(*ordered(values, weights), 8)
+    gap = clustering_error(values, weights, levels) / clustering_error(values, weights, best.float())
+    assert float(gap.max()) < 1.02 and float(gap.median()) < 1.002
+
+
 def test_no_random_start_of_lloyds_iteration_is_better():
     values, weights = rows(8, 256, power=8)
     ours = clustering_error(values, weights, cluster_rows(values, weights, 8))

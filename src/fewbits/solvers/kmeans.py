@@ -3,6 +3,8 @@
 On a line an optimal cluster is an interval of the sorted values, so the best clustering is a shortest path (Wu, 1991).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,14 +36,40 @@ def cluster_rows(values: Tensor, weights: Tensor, count: int, *, bins: int = 128
     return torch.cat(found)
 
 
+def cluster_pools(pools: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
+    """Levels float32 `[pools, count]`, ascending, as `cluster_rows` finds them for the values `[n]` and weights `[n]` of each pool.
+
+    Equal values are merged first: where there are no more different ones than levels, they are the levels, and the last of
+    them is repeated. All levels of an empty pool are zero.
+    """
+    merged = [torch.unique(values.double(), return_inverse=True) for values, _ in pools]
+    found = torch.zeros(len(pools), count)
+    large = [number for number, (different, _) in enumerate(merged) if len(different) > count]
+    for number, (different, _) in enumerate(merged):
+        if 0 < len(different) <= count:
+            found[number] = torch.cat([different, different[-1:].expand(count - len(different))])
+    if large:
+        width = max(len(merged[number][0]) for number in large)
+        values, weights = torch.zeros(2, len(large), width, dtype=torch.float64)
+        for row, number in enumerate(large):
+            different, place = merged[number]
+            values[row], values[row, : len(different)] = different[-1], different  # what is filled up has no weight
+            weights[row].index_add_(0, place, pools[number][1].double())
+        found[large] = cluster_rows(values, weights, count, bins=max(128, 4 * count))
+    return found
+
+
 def _runs(ordered: Tensor, weights: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Neighbouring values merged into at most `bins` runs of about equal width in rank: their weighted means and weights."""
+    """Neighbouring values merged into at most `bins` runs: their weighted means and weights."""
     rows, columns = ordered.shape
     if columns <= bins:
         return ordered, weights
-    # Runs of equal share of sqrt(weight) + an even part: heavy values get runs of their own.
-    density = weights.clamp(min=0).pow(1 / 3)
-    density = density / density.sum(1, keepdim=True) + 1 / columns
+    # Half of the runs go where levels are densest in the limit, by (weight / gap)**(1/3) along the line: heavy values and those
+    # far out get runs of their own, whose inner spread the path does not see. The other half is even in rank.
+    gaps = ordered.diff(dim=1)
+    gaps = torch.cat([gaps[:, :1], gaps], dim=1) + torch.cat([gaps, gaps[:, -1:]], dim=1)
+    density = weights.clamp(min=0).pow(1 / 3) * gaps.pow(2 / 3)
+    density = density / density.sum(1, keepdim=True).clamp(min=1e-300) + 1 / columns
     run = (density.cumsum(1) / density.sum(1, keepdim=True) * bins).long().clamp(max=bins - 1)
     mass = torch.zeros(rows, bins, dtype=ordered.dtype).scatter_add_(1, run, weights)
     moment = torch.zeros(rows, bins, dtype=ordered.dtype).scatter_add_(1, run, weights * ordered)
