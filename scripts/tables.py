@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+BASELINES = ("gptq", "rtn", "kivi")  # whose curves stand beside the other methods of their folder
 REGION = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -21,16 +22,16 @@ def table(path: Path) -> str:
     rows = result["rows"]
     if "perplexity" not in rows[0]:
         return _plain(rows)
-    curves = {name: _curve(path.parent / f"{name}.json") for name in ("gptq", "rtn") if (path.parent / f"{name}.json").is_file()}
+    curves = {name: _curve(path.parent / f"{name}.json") for name in BASELINES if (path.parent / f"{name}.json").is_file()}
     curves = {name: curve for name, curve in curves.items() if name != result.get("method")}
-    heads = ["method", "bits per weight", "perplexity", "loss difference to dense, 95% interval", "KL", "same top token"]
+    heads = ["method", _bits(rows[0]).replace("_", " "), "perplexity", "loss difference to dense, 95% interval", "KL", "same top token"]
     heads += [f"KL of {name} at these bits" for name in curves] + (["seconds", "peak MB"] if "peak_memory_bytes" in rows[0] else [])
     cells = [["dense", "16", f"{rows[0]['reference_perplexity']:.2f}"] + [""] * (len(heads) - 3)]
     for row in rows:
         low, high = row["delta_loss_interval"]
-        line = [_name(row, result), f"{row['bits_per_weight']:.3f}", f"{row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f}"]
+        line = [_name(row, result), f"{row[_bits(row)]:.3f}", f"{row['perplexity']:.2f} ± {row['perplexity_stderr']:.2f}"]
         line += [f"{row['delta_loss']:+.4f} [{low:+.4f}, {high:+.4f}]", f"{row['kl_mean']:.4f}", f"{row['top1_agreement']:.3f}"]
-        line += [at_bits(curve, row["bits_per_weight"]) for curve in curves.values()]
+        line += [at_bits(curve, row[_bits(row)]) for curve in curves.values()]
         line += [f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"] if "peak_memory_bytes" in rows[0] else []
         cells.append(line)
     return _markdown(heads, cells)
@@ -48,10 +49,15 @@ def at_bits(curve: list[tuple[float, float]], bits: float) -> str:
 def _curve(path: Path) -> list[tuple[float, float]]:
     """(bits, KL) of the rows that no cheaper row beats, by bits."""
     best: list[tuple[float, float]] = []
-    for bits, loss in sorted((row["bits_per_weight"], row["kl_mean"]) for row in json.loads(path.read_text())["rows"]):
+    for bits, loss in sorted((row[_bits(row)], row["kl_mean"]) for row in json.loads(path.read_text())["rows"]):
         if not best or loss < best[-1][1]:
             best.append((bits, loss))
     return best
+
+
+def _bits(row: dict) -> str:
+    """The field that says how much is stored: of weights, or of a cache's sealed keys and values."""
+    return "bits_per_weight" if "bits_per_weight" in row else "bits_per_element"
 
 
 def _name(row: dict, result: dict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -16,14 +17,21 @@ __all__ = ["CompressedCache", "open"]
 
 
 def open(
-    model: PreTrainedModel, method: str | CacheMethod, *, tables: Tables | None = None, chunked: bool = False, **settings: Any
+    model: PreTrainedModel,
+    method: str | CacheMethod,
+    fields: Mapping[str, Any] | None = None,
+    *,
+    tables: Tables | None = None,
+    chunked: bool = False,
+    **settings: Any,
 ) -> CompressedCache:
-    """An empty cache for `model`: `fewbits.caches.open(model, "kivi", bits=2)`. `settings` are the method's fields.
+    """An empty cache for `model`: `fewbits.caches.open(model, "kivi", bits=2)`. `fields` and `settings` are the method's.
 
     `tables` are what the method was calibrated to. With `chunked` a prompt that comes in pieces is sealed piece by piece;
     otherwise all of it at the first generated token, so that pieces change nothing. Raises InputError for a method that is no
     cache method, an unknown field, a missing table, or a model without full attention.
     """
+    settings = {**(fields or {}), **settings}
     if isinstance(method, str):
         found = get_method(method)
         if not issubclass(found, CacheMethod):

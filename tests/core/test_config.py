@@ -3,7 +3,7 @@ from typing import Literal
 
 import pytest
 
-from fewbits.core.config import configure
+from fewbits.core.config import configure, read_spec
 from fewbits.core.errors import InputError
 
 
@@ -37,3 +37,10 @@ def test_text_and_values_give_the_same_method():
 def test_what_is_wrong_is_said_with_what_would_be_right(values, says):
     with pytest.raises(InputError, match=says):
         configure(Example, values)
+
+
+def test_a_method_and_its_fields_in_one_word():
+    assert read_spec("kivi") == ("kivi", {})
+    assert read_spec("kivi:bits=2, group_size=32") == ("kivi", {"bits": "2", "group_size": "32"})
+    with pytest.raises(InputError, match="the field 'bits' has no value"):
+        read_spec("kivi:bits")

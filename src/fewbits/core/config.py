@@ -29,6 +29,16 @@ def configure(method: type[T], values: Mapping[str, Any]) -> T:
     return method(**read)
 
 
+def read_spec(text: str) -> tuple[str, dict[str, str]]:
+    """A method's name and its fields from "NAME" or "NAME:field=value,...". Raises InputError for a field without a value."""
+    name, _, fields_text = text.partition(":")
+    pairs = [pair.partition("=") for pair in fields_text.split(",") if pair]
+    for field, equals, _ in pairs:
+        if not equals:
+            raise InputError(f"{text!r}: the field {field!r} has no value; {name}:{field}=... would be right")
+    return name, {field.strip(): value.strip() for field, _, value in pairs}
+
+
 def suggest(name: str, known: list[str]) -> str:
     """What would be right in place of `name`, as the end of an error's line."""
     near = get_close_matches(name, known, n=1, cutoff=0.5)

@@ -235,6 +235,11 @@ class CompressedLayer(CacheLayerMixin):
         for state in self.sides.values():
             state.exact = cast(Tensor, state.exact)[:, :, :-count].clone()
 
+    def elements(self, sealed: bool) -> int:
+        """How many numbers the keys and values of all sequences have, or those of their sealed tokens."""
+        tokens = sum(state.sealed_tokens if sealed else state.tokens for state in self.sides.values())
+        return self._batch() * tokens * self.heads * self.head_dim if tokens else 0
+
     def tensors(self) -> dict[str, list[Tensor]]:
         """What is stored, by what it is: codes, scales, ..., `exact` tokens, and what the first run `settled`."""
         found: dict[str, list[Tensor]] = {}
@@ -295,14 +300,23 @@ class CompressedCache(Cache):
         self.sequences.choose(indices)
 
     def memory(self) -> dict[str, Any]:
-        """Bytes of the compressed layers by what they are, counted from the stored tensors, and bits per element of keys and values."""
+        """What the compressed layers store: `bytes`, `bits` by what they are, and `bits_per_element` of keys and values.
+
+        Counted from the stored tensors. `sealed_bits_per_element` leaves the exact tokens out on both sides.
+        """
         bits: dict[str, int] = {}
         for layer in self.compressed():
             for name, tensors in layer.tensors().items():
                 bits[name] = bits.get(name, 0) + sum(8 * tensor.nbytes for tensor in tensors)
-        elements = sum(2 * layer._batch() * layer.get_seq_length() * layer.heads * layer.head_dim for layer in self.compressed())
-        total = sum(bits.values())
-        return {"bytes": total // 8, "bits": bits, "bits_per_element": total / elements if elements else 0.0}
+        elements = sum(layer.elements(sealed=False) for layer in self.compressed())
+        sealed = sum(layer.elements(sealed=True) for layer in self.compressed())
+        total, exact = sum(bits.values()), sum(count for name, count in bits.items() if name.endswith(".exact"))
+        return {
+            "bytes": total // 8,
+            "bits": bits,
+            "bits_per_element": total / elements if elements else 0.0,
+            "sealed_bits_per_element": (total - exact) / sealed if sealed else 0.0,
+        }
 
 
 def cache_keyword(model: nn.Module) -> str:
