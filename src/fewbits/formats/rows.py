@@ -13,7 +13,7 @@ from fewbits.core.tensor import Term
 
 @dataclass(frozen=True, eq=False)
 class Rows(Term, kind="rows"):
-    """Row i of the stacked `terms` is row `order[i]` of the matrix; `order [rows]` is int32.
+    """Row i of the stacked `terms` is row `order[i]` of the matrix; `order [rows]` is int16 or int32.
 
     Raises InputError where the terms differ in columns or `order` does not name every row once.
     """

@@ -16,6 +16,7 @@ from fewbits.methods.weights.rtn import Rtn
 from fewbits.models.source import open_model
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.stream import compress_model
+from fewbits.statistics.hessian import Hessian
 from fewbits.statistics.ranges import Ranges
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -76,6 +77,34 @@ def test_random_choices_are_far_worse_than_the_nearest():
         errors[rounding] = output_error(weight, learned.finish().weight.decode(), heldout)
     # An untrained low-rank product rounds each weight to its nearest level.
     assert errors["none"] == errors["low_rank"] and errors["random"] > 1.5 * errors["low_rank"]
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 0.85), (3, 0.8)])
+def test_choices_that_start_from_error_feedback_lose_less_and_are_still_free(bits, most):
+    """Untrained: the choices are those of error feedback, up or down only; a soft choice lies between its weight and its level."""
+    lost, learned = {}, {}
+    for start in ("weight", "feedback"):
+        learned[start], weight, _, heldout = frozen(Cbq(bits=bits, rounding="full", start=start, truncate=False, scale_inputs=False))
+        soft = learned[start].soft().detach()
+        learned[start].harden()
+        lost[start] = output_error(weight, learned[start].finish().weight.decode(), heldout)
+    assert lost["feedback"] < most * lost["weight"]
+    fraction, choice = learned["weight"].soft().detach(), (soft >= 0.5).float()
+    torch.testing.assert_close(soft, (fraction + choice) / 2, rtol=1e-3, atol=1e-4)
+    # Error feedback changes many choices, most of them where the weight lies near the middle.
+    changed = choice != (fraction >= 0.5)
+    assert float(changed.float().mean()) > 0.05 and float((fraction - 0.5).abs()[changed].mean()) < 0.25
+
+
+def test_a_stand_in_made_of_shapes_alone_takes_over_the_state_of_another():
+    learned, weight, statistics, _ = stand_in(Cbq(bits=3, start="feedback"))
+    blank = Statistics(*(type(one)(256) for one in statistics), tokens=0)
+    blank[Hessian].matrix.copy_(torch.eye(256))
+    other = Cbq(bits=3, start="feedback").begin(weight, None, blank)
+    other.load_state_dict(learned.state_dict())
+    for one in (learned, other):
+        one.advance(0.5, leaving=True)
+    assert torch.equal(learned.weight(), other.weight())
 
 
 def test_truncation_touches_few_weights_and_helps_at_two_bits():
@@ -161,6 +190,8 @@ def test_values_out_of_range_are_named():
             Cbq(**values)
     with pytest.raises(InputError, match="rounding='up'"):
         Cbq(rounding="up")
+    with pytest.raises(InputError, match="start='gptq'"):
+        Cbq(start="gptq")
 
 
 @pytest.mark.slow

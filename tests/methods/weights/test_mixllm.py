@@ -76,7 +76,7 @@ def test_rows_are_solved_as_if_they_were_alone():
 def test_bits_are_counted_as_stored():
     chosen = (torch.arange(128) < 13).to(torch.uint8)
     tensor = solved(Mixllm(bits=4, group_size=64), chosen)[0]
-    expected = 115 * 256 * 4 + 13 * 256 * 8 + 115 * 4 * (16 + 4) + 13 * 4 * 16 + 128 * 32
+    expected = 115 * 256 * 4 + 13 * 256 * 8 + 115 * 4 * (16 + 4) + 13 * 4 * 16 + 128 * 16
     assert sum(tensor.bits().values()) == expected
     assert torch.equal(from_stored(tensor.settings(), tensor.tensors()).decode(), tensor.decode())
 

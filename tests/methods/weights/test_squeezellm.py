@@ -13,7 +13,7 @@ from fewbits.methods.weights.rtn import Rtn
 from fewbits.methods.weights.squeezellm import Squeezellm
 
 sys.path.insert(0, str(Path(__file__).parent))
-from layer_problem import heavy_layer
+from layer_problem import heavy_layer, output_error
 
 DENSE = Squeezellm(sensitive=0, outliers=0)
 
@@ -72,6 +72,19 @@ def test_which_weights_are_removed_matters():
     kept = DENSE.compress(weight, statistics).decode()
     kept[chosen] = weight[chosen]
     assert float((fisher * (weight - kept).square()).sum()) > 0.97 * base
+
+
+def test_error_feedback_on_the_same_levels_loses_far_less_of_the_outputs():
+    """What the method leaves out: nearest levels cannot use that inputs are correlated."""
+    weight, fisher, _ = layer()
+    _, gathered, heldout = heavy_layer()
+    statistics = Statistics(*gathered, tokens=1, sensitivities={"layer": fisher})
+    nearest, moved = (Squeezellm(feedback=feedback).compress(weight, statistics) for feedback in (False, True))
+    lost = [output_error(weight, one.decode(), heldout) for one in (nearest, moved)]
+    assert lost[1] < 0.7 * lost[0] and objective(weight, fisher, moved) > objective(weight, fisher, nearest)
+    assert moved.bits() == nearest.bits() and torch.equal(moved.terms[0].levels, nearest.terms[0].levels)
+    removed = nearest.terms[1].decode() != 0
+    assert torch.equal(moved.decode()[removed], nearest.decode()[removed])
 
 
 def test_bits_are_counted_as_stored():

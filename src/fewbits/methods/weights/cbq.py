@@ -21,6 +21,7 @@ from fewbits.layers.learned_activation import ScaledTokenQuantizer
 from fewbits.layers.linear import StoredLinear
 from fewbits.layers.straight_through import round_through, straight_through
 from fewbits.solvers.adaround import annealed_power, rounding_penalty, soft_rounding, start_logits
+from fewbits.solvers.error_feedback import error_feedback, factorize_ordered
 from fewbits.solvers.outliers import largest_reserved
 from fewbits.statistics.hessian import Hessian
 from fewbits.statistics.ranges import Ranges
@@ -43,6 +44,7 @@ class Cbq(BlockMethod):
     group_size: int | None = 64
     rank: int = 5
     rounding: Literal["low_rank", "full", "none", "random"] = "low_rank"
+    start: Literal["weight", "feedback"] = "weight"  # of the choices: the weight itself, or halfway to error feedback's
     truncate: bool = True
     scale_inputs: bool = True
     activation_bits: int | None = None
@@ -67,6 +69,8 @@ class Cbq(BlockMethod):
         check_range("steps", self.steps, 0, 10**6)
         if self.rounding not in ("low_rank", "full", "none", "random"):
             raise InputError(f"rounding={self.rounding!r} is not known; 'low_rank', 'full', 'none' or 'random' would be right")
+        if self.start not in ("weight", "feedback"):
+            raise InputError(f"start={self.start!r} is not known; 'weight' or 'feedback' would be right")
         if self.activation_bits is not None:
             check_range("activation_bits", self.activation_bits, 2, 16)
 
@@ -79,7 +83,10 @@ class Cbq(BlockMethod):
         inverse = torch.ones(next(iter(weights.values())).shape[1], dtype=torch.float16)
         if self.scale_inputs:
             inverse = (1 / _channel_scale(statistics[Ranges].largest_magnitude)).half()
-        return {name: _Rounded(self, weight, inverse, biases[name]) for name, weight in weights.items()}
+        hessian = None
+        if self.start == "feedback":
+            hessian = statistics[Hessian].matrix * torch.outer(inverse.float(), inverse.float())  # of the inputs as they are read
+        return {name: _Rounded(self, weight, inverse, biases[name], hessian) for name, weight in weights.items()}
 
     def loss(self, outputs: Tensor, dense: Tensor, mixed: Tensor) -> Tensor:
         """Squared distance and divergence of the hidden states, to both targets (section 3.2)."""
@@ -103,7 +110,7 @@ def _channel_scale(magnitude: Tensor) -> Tensor:
 class _Rounded(LearnedLinear):
     """w = s (clamp(floor(w / s) + h + z) - z) with h between 0 and 1; learned: steps s, then the logits of h."""
 
-    def __init__(self, method: Cbq, weight: Tensor, inverse: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, method: Cbq, weight: Tensor, inverse: Tensor, bias: Tensor | None, hessian: Tensor | None) -> None:
         super().__init__(bias)
         self.method, (rows, columns) = method, weight.shape
         self.size = min(method.group_size or columns, columns)
@@ -115,6 +122,7 @@ class _Rounded(LearnedLinear):
         self.register_buffer("dense", scaled)
         self.register_buffer("inverse", inverse)
         self.register_buffer("zeros", zeros)
+        self.register_buffer("hessian", hessian)
         self.register_buffer("base", torch.zeros_like(scaled))  # floor(w / s) and the logits of its fraction, once s is frozen
         self.register_buffer("start", torch.zeros_like(scaled))
         self.register_buffer("frozen", torch.zeros(1))
@@ -160,16 +168,34 @@ class _Rounded(LearnedLinear):
         self.power = annealed_power(progress, warmup=0.4) if leaving and bool(self._buffer("frozen")) else None
 
     def freeze(self) -> None:
-        """From now on the steps stay; rounding starts at the weight itself."""
+        """From now on the steps stay; rounding starts at the weight itself, or halfway to what error feedback chooses."""
+        method = self.method
         with torch.no_grad():
             ratio = self._buffer("dense") / self._spread(self.scales())
             below = ratio.floor()
             self._buffer("base").copy_(below + self._spread(self._buffer("zeros")))
-            start = start_logits(ratio - below)
-            if self.method.rounding == "random":
-                start = torch.randn(start.shape, generator=torch.Generator().manual_seed(self.method.seed))
+            share = ratio - below
+            if method.start == "feedback":
+                share = (share + self._by_feedback(ratio, below)) / 2  # rounds as error feedback does, and is still free
+            start = start_logits(share)
+            if method.rounding == "random":
+                start = torch.randn(start.shape, generator=torch.Generator().manual_seed(method.seed))
             self._buffer("start").copy_(start)
             self._buffer("frozen").fill_(1)
+
+    def _by_feedback(self, ratio: Tensor, below: Tensor) -> Tensor:
+        """1 where error feedback goes up, 0 where it goes down, `[rows, columns]`; `ratio` is w / s and `below` its floor."""
+        factor, order = factorize_ordered(self._buffer("hessian"), 0.01, by_strength=True)
+        scales, zeros = self._spread(self.scales().detach()), self._spread(self._buffer("zeros"))
+        choices = torch.empty_like(ratio)
+
+        def quantize(j: int, column: Tensor, _: Tensor) -> Tensor:
+            at = int(order[j])
+            choices[:, at] = (column / scales[:, at] - below[:, at] >= 0.5).float()
+            return ((below[:, at] + choices[:, at] + zeros[:, at]).clamp(0, self._largest()) - zeros[:, at]) * scales[:, at]
+
+        error_feedback((ratio * scales)[:, order], factor, quantize)
+        return choices
 
     def penalty(self) -> Tensor:
         if self.power is None or (self.first is None and self.logits is None):

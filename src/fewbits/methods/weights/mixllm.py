@@ -111,7 +111,8 @@ class Mixllm(LayerMethod):
                 terms.append(self._best(weight[part], bits, hessian, factored))
         if len(terms) == 1:
             return CompressedTensor(tuple(terms))
-        return CompressedTensor((Rows(tuple(terms), torch.cat(rows).to(torch.int32)),))
+        order = torch.cat(rows).to(torch.int16 if len(weight) <= 2**15 else torch.int32)
+        return CompressedTensor((Rows(tuple(terms), order),))
 
     def _best(self, weight: Tensor, bits: int, hessian: Tensor, factored: tuple[Factor, Tensor]) -> Uniform:
         """With clipped ranges, or with whole ones where those lose less on the layer's output."""

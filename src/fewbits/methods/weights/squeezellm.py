@@ -13,7 +13,9 @@ from fewbits.core.tensor import CompressedTensor, Term
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.sparse import Sparse
 from fewbits.solvers.binary import top_entries
+from fewbits.solvers.error_feedback import error_feedback, factorize_ordered
 from fewbits.solvers.kmeans import cluster_rows, nearest_level
+from fewbits.statistics.hessian import Hessian
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Squeezellm(LayerMethod):
     Stored: codes with 2**bits fp16 levels a row, and a sparse fp16 matrix of the removed weights less the level that their
     codes stand for, so that both together give the weight. Departures: k-means is solved by an exact path over merged runs
     and Lloyd's iteration after it, in place of one random start; the outliers are an exact count of the largest magnitudes.
+    `feedback` is no part of the paper: codes by GPTQ's error feedback on the same levels, to tell the two ideas apart.
     Raises InputError for values out of range.
     """
 
@@ -30,10 +33,11 @@ class Squeezellm(LayerMethod):
     sensitive: float = 0.0005  # share of weights of the largest sensitivity that stay exact
     outliers: float = 0.004  # share of the others of the largest magnitude that stay exact
     weighting: Literal["fisher", "none"] = "fisher"
+    feedback: bool = False
 
     paper: ClassVar[Paper] = Paper("SqueezeLLM: Dense-and-Sparse Quantization", "2306.07629", 2023)
     baseline: ClassVar[str | None] = "rtn"
-    needs: ClassVar = ()
+    needs: ClassVar = (Hessian,)
     uses_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -55,10 +59,26 @@ class Squeezellm(LayerMethod):
         shares = torch.where(removed, 0.0, fisher.double() / fisher.double().mean(1, keepdim=True).clamp(min=1e-300))
         levels = cluster_rows(weight, shares, 2**self.bits).half()
         ordered = levels.float()
-        codes = nearest_level(weight, ordered)
         at_zero = ordered.abs().argmin(1, keepdim=True)
-        codes = torch.where(removed, at_zero.to(torch.uint8), codes)
+        codes = torch.where(removed, at_zero.to(torch.uint8), nearest_level(weight, ordered))
+        if self.feedback:
+            codes = _by_feedback(weight, ordered, removed, codes, statistics[Hessian].matrix)
         terms: tuple[Term, ...] = (Codebook.from_codes(codes, levels[:, None], bits=self.bits),)
         if bool(removed.any()):
             terms = (*terms, Sparse.from_dense(weight - ordered.gather(1, at_zero), removed))
         return CompressedTensor(terms)
+
+
+def _by_feedback(weight: Tensor, levels: Tensor, removed: Tensor, codes: Tensor, hessian: Tensor) -> Tensor:
+    """`codes [rows, columns]` chosen anew column by column on the same `levels`; removed weights stay as they are."""
+    factor, order = factorize_ordered(hessian, 0.01, by_strength=True)
+    codes = codes.clone()
+
+    def quantize(j: int, column: Tensor, _: Tensor) -> Tensor:
+        at, exact = int(order[j]), removed[:, order[j]]
+        nearest = nearest_level(column[:, None], levels)[:, 0]
+        codes[:, at] = torch.where(exact, codes[:, at], nearest)
+        return torch.where(exact, weight[:, at], levels.gather(1, nearest[:, None].long())[:, 0])
+
+    error_feedback(weight[:, order], factor, quantize)
+    return codes
