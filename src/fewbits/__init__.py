@@ -1,6 +1,6 @@
 """Neural networks, their caches and signals in few bits, and exactly what was lost."""
 
-from fewbits.api import compress, evaluate, generate, load
+from fewbits.api import compress, evaluate, generate, load, train
 from fewbits.core.errors import FewbitsError, InputError, NumericsError
 from fewbits.core.tensor import CompressedTensor, Term, Transform
 from fewbits.data.text import TextSample
@@ -18,4 +18,5 @@ __all__ = [
     "evaluate",
     "generate",
     "load",
+    "train",
 ]

@@ -1,4 +1,4 @@
-"""The verbs of fewbits: compress, load, evaluate, generate."""
+"""The verbs of fewbits: compress, train, load, evaluate, generate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fewbits.core.errors import InputError
-from fewbits.core.method import BlockMethod, LayerMethod, Method, Statistics
+from fewbits.core.method import BlockMethod, LayerMethod, Method, Statistics, TrainingMethod
 from fewbits.core.record import make_record
 from fewbits.data.text import TextSample
 from fewbits.evaluation.embeddings import compare_embeddings, embed
@@ -20,9 +20,11 @@ from fewbits.evaluation.fidelity import score, summarize
 from fewbits.evaluation.streamed import StreamedModel
 from fewbits.export.checkpoint import check_output, is_checkpoint, load_checkpoint, read_record, write_checkpoint
 from fewbits.layers.learned import LearnedLinear
-from fewbits.layers.linear import StoredLinear
+from fewbits.layers.linear import StoredLinear, whole_bits
 from fewbits.models.source import open_model
 from fewbits.pipeline.plan import Plan
+from fewbits.pipeline.stages import Batches, train_stages
+from fewbits.pipeline.stages import Progress as StageProgress
 from fewbits.pipeline.stream import StreamOptions, compress_model
 
 
@@ -65,6 +67,24 @@ def compress(
     record = write_checkpoint(output, source, summary.layers, describe, replaced=summary.replaced())
     shutil.rmtree(work)
     return dict(record)
+
+
+def train(
+    model: torch.nn.Module, method: TrainingMethod, batches: Batches, *, seed: int = 0, progress: StageProgress | None = None
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """Train and compress any `model` with `method` on `batches` of (inputs, targets), gone through again and again.
+
+    Returns the finished model, in eval mode, and the record: what every stage did, and the bits of everything that a file of
+    the model holds (`export.module.save_module` writes it), over the weights of matrices and convolutions. Methods may change
+    `model` itself. Raises InputError for wrong input, NumericsError where a loss is not finite.
+    """
+    began = time.monotonic()
+    weights = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim > 1)
+    made, stages = train_stages(model, method, batches, seed=seed, progress=progress)
+    bits = whole_bits(made)
+    results = {"stages": stages, "weights": weights, "bits": bits, "bits_per_weight": bits / max(weights, 1)}
+    settings = {"method": method.name(), "fields": asdict(cast(Any, method)), "seed": seed}
+    return made, make_record("train", type(model).__name__, settings, results, began)
 
 
 def _card(model: str, record: dict[str, Any]) -> str:

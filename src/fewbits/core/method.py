@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from torch import Tensor, nn
@@ -234,17 +234,45 @@ class RewriteMethod(Method, ABC):
         """Raises InputError where nothing in `model` can be changed, and leaves it as it was."""
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of the training that a TrainingMethod asks for: `steps` of AdamW over `groups`, run by pipeline/stages.py.
+
+    `groups` are the optimizer's, each with `params` and `lr`; the rates rise over the `warmup` share of the steps and fall along
+    `shape` down to the share `floor`. Without groups nothing is trained: the statistics of batch normalizations are gathered
+    anew over `steps` batches. `before` is called before each step with the share of the stage that is done; `notes` are what
+    the method has to say of the model as it is now, for the record.
+    """
+
+    name: str
+    steps: int
+    groups: Sequence[dict[str, Any]] = ()
+    shape: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.0
+    floor: float = 0.0
+    clip: float | None = 1.0
+    before: Callable[[float], None] | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
 class TrainingMethod(Method, ABC):
-    """Trains a model whose weights will be compressed."""
+    """Trains a whole model whose weights will be compressed, on batches of inputs and targets."""
 
     @abstractmethod
-    def prepare(self, model: nn.Module) -> nn.Module: ...
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """`model` with what is trained in the place of its layers. Raises InputError where there is nothing to compress."""
 
     @abstractmethod
-    def loss(self, outputs: Any, targets: Any, step: int) -> Tensor: ...
+    def stages(self, model: nn.Module) -> Iterator[Stage]:
+        """The training of a prepared model, one stage after the other; between two of them the method may change the model."""
 
     @abstractmethod
-    def finish(self, model: nn.Module) -> nn.Module: ...
+    def loss(self, outputs: Any, targets: Any, step: int) -> Tensor:
+        """What a step lowers, of the model's outputs for one batch; `step` counts from 0 in each stage."""
+
+    @abstractmethod
+    def finish(self, model: nn.Module) -> nn.Module:
+        """The trained model in eval mode, with what is stored in its place."""
 
 
 class CacheState(ABC):

@@ -112,6 +112,11 @@ def stored_bits(model: nn.Module) -> int:
     return sum(sum(layer.stored.bits().values()) for layer in layers) + sum(8 * bias.nbytes for bias in biases)
 
 
+def whole_bits(model: nn.Module) -> int:
+    """Bits of everything that a file of `model` holds: compressed layers, dense ones, norms with their statistics."""
+    return sum(8 * tensor.nbytes for tensor in model.state_dict().values())
+
+
 def _described(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str, list[int]]]:
     """Name, dtype and shape of every tensor that settings describe."""
     found: list[tuple[str, str, list[int]]] = []

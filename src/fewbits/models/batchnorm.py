@@ -1,6 +1,9 @@
-"""Batch normalization at inference is an affine map of each channel: it goes into the layer before it."""
+"""Batch normalization: its statistics gathered anew, and at inference, an affine map of each channel, put into the layer before it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,3 +28,27 @@ def fold(weight: Tensor, bias: Tensor | None, norm: nn.BatchNorm1d | nn.BatchNor
         factor = factor * norm.weight.double()
     offset = 0 if norm.bias is None else norm.bias.double()
     return weight.double() * factor.view(-1, *[1] * (weight.ndim - 1)), offset + factor * shift
+
+
+@torch.no_grad()
+def gather(model: nn.Module, images: Iterable[Any]) -> None:
+    """Means and variances of all batch normalizations in `model` anew, each the mean over the batches `images`.
+
+    All else computes as in eval mode, which the model is left in.
+    """
+    norms = [module for module in model.modules() if isinstance(module, NORMS) and module.running_mean is not None]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean of all batches
+        norm.train()
+    try:
+        for batch in images:
+            model(batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()

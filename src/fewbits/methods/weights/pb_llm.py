@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fewbits.core.checks import check_group_size, check_positive, check_range
 from fewbits.core.errors import InputError
-from fewbits.core.method import LayerMethod, Paper, Statistics, TrainingMethod
+from fewbits.core.method import LayerMethod, Paper, Stage, Statistics, TrainingMethod
 from fewbits.core.tensor import CompressedTensor, Term
 from fewbits.formats.binary import Binary
 from fewbits.formats.masked import Codes, Masked, MaskStorage, RowGrid
@@ -123,6 +123,11 @@ class PbLlm(LayerMethod, TrainingMethod):
             model.set_submodule(name, _Partial(self, weight, cast("Tensor | None", linear.bias), mask))
         return model.train()
 
+    def stages(self, model: nn.Module) -> Iterator[Stage]:
+        """One stage: `qat_steps` for the latent weights."""
+        groups = [group for module in model.modules() if isinstance(module, _Partial) for group in module.groups()]
+        yield Stage("signs", self.qat_steps, groups, warmup=self.qat_warmup)
+
     def loss(self, outputs: Any, targets: Any, step: int) -> Tensor:
         """Mean -log p of the tokens `targets [sequences, length]` but the first, in nats; `outputs` are the model's."""
         logits = outputs.logits[:, :-1].float()
@@ -146,9 +151,9 @@ class PbLlm(LayerMethod, TrainingMethod):
         if not self.qat_steps:
             raise InputError("qat_steps=0 trains nothing; a number of steps such as 1000 would be right")
         model = self.prepare(model, salient)
-        groups = [group for module in model.modules() if isinstance(module, _Partial) for group in module.groups()]
         loss = text_loss(model, windows, self.loss, batch_size=self.batch_size, accumulate=self.accumulate, seed=self.seed)
-        train(groups, loss, self.qat_steps, schedule=Schedule("cosine", self.qat_warmup), seed=self.seed, progress=progress)
+        for stage in self.stages(model):
+            train(stage.groups, loss, stage.steps, schedule=Schedule(stage.shape, stage.warmup), seed=self.seed, progress=progress)
         return self.finish(model)
 
 
