@@ -65,6 +65,14 @@ SETTINGS = {
     ],
     "lord": [{"share": share, "decomposition": kind} for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4) for kind in ("outputs", "svd")]
     + [{"share": 0.8, "factor_bits": 8}],
+    "compactifai": [  # with --samples 512: healing reads no window twice
+        *({"tune_steps": steps, "batch_size": 2, "keep": "*self_attn*"} for steps in (0, 200)),
+        *({"tune_steps": steps, "batch_size": 2} for steps in (0, 200)),
+        {"tune_steps": 200, "batch_size": 2, "start": "random"},
+        *({"tune_steps": 0, "batch_size": 2, "order": "norm"} | change for change in ({}, {"profile": "block"})),
+        {"tune_steps": 200, "batch_size": 2, "core_bits": 8},
+        {"tune_steps": 200, "batch_size": 2, "sites": 3},
+    ],
     "lq_lora": [{}, {"weighting": "none"}, {"iterations": 0, "weighting": "none"}, {"budget": 2.5}],
     "apiq": [{}, {"adapter_rate": 0.0}, {"clip_rate": 0.0}, {"steps": 0}],
     "apiq_saliency": [{}, {"saliency": "none"}],
@@ -87,13 +95,16 @@ def measure(name: str, settings: dict, sizes: dict, folder: Path) -> dict:
     import fewbits
     from fewbits.core.config import configure
     from fewbits.core.registry import get_method
+    from fewbits.pipeline.plan import Plan
 
     calibration = fewbits.TextSample("builtin:calibration", sizes["samples"], sizes["length"])
     heldout = fewbits.TextSample("builtin:heldout", sizes["windows"], sizes["length"])
     output = folder / f"{name}-{abs(hash(json.dumps(settings)))}"
     if name == "rtn":
         output = folder / f"rtn-{settings['bits']}-{settings['group_size']}"
-    made = fewbits.compress(MODEL, configure(get_method(name), settings), output, calibration=calibration, probe=None)
+    method = configure(get_method(name), {key: value for key, value in settings.items() if key != "keep"})
+    plan = Plan(method, (settings["keep"],) if "keep" in settings else ())
+    made = fewbits.compress(MODEL, plan, output, calibration=calibration, probe=None)
     measured = fewbits.evaluate(output, reference=MODEL, text=heldout)
     row = {"settings": settings} | {key: made["results"][key] for key in ("bits_per_weight", "bits", "compressed_weights")}
     row |= {key: measured["results"][key] for key in KEPT} | {key: made[key] for key in ("seconds", "peak_memory_bytes")}

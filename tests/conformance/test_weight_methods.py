@@ -27,9 +27,8 @@ WINDOWS = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(0))
 def made(name):
     """The method with its defaults; one that learns takes few steps."""
     method = get_method(name)()
-    if not isinstance(method, BlockMethod):
-        return method
-    few = {field.name: 4 for field in fields(method) if field.name in ("steps", "tune_steps") and getattr(method, field.name)}
+    names = ("steps", "tune_steps") if isinstance(method, BlockMethod) else ("tune_steps",)
+    few = {field.name: 4 for field in fields(method) if field.name in names and getattr(method, field.name)}
     return replace(method, **few)
 
 

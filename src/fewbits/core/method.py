@@ -111,6 +111,26 @@ class GradientMethod(Method, ABC):
         """What one sample's loss gradient says of a layer; both `[out, in]` float32. Summed over the samples."""
         raise NotImplementedError(f"{self.name()} says that it uses gradients, but not how")
 
+    def tuning(self) -> Tuning | None:
+        """How the whole model is trained once all blocks are compressed (pipeline/tune.py), or None."""
+        return None
+
+    def reopen(self, stored: Any, bias: Tensor | None) -> nn.Module | None:
+        """The stand-in (a LearnedLinear) of a layer that is stored (a StoredLinear), for `tuning`; None: TunedLinear."""
+        return None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much the next token's loss rises, in nats, when a method's `trial` stands in for a few layers and all others are dense.
+
+    `unit`: what is replaced together, a layer, all layers of a block, or all of one name in all blocks; the rise is divided
+    evenly between them. The loss is that of the first `windows` of the calibration text.
+    """
+
+    unit: Literal["layer", "block", "type"]
+    windows: int = 8
+
 
 class LayerMethod(GradientMethod, ABC):
     """Compresses one weight matrix at a time from statistics of its inputs; a pure function of tensors."""
@@ -142,6 +162,14 @@ class LayerMethod(GradientMethod, ABC):
         layer's `choice` in `compress`; nothing by default, and then `layers` is not read.
         """
         return {}
+
+    def profiling(self) -> Profile | None:
+        """What is measured before `plan` (pipeline/profile.py), where it comes as each layer's sensitivity; None: nothing."""
+        return None
+
+    def trial(self, weight: Tensor) -> CompressedTensor:
+        """What stands in for a layer with `weight [out, in]` while `profiling` measures."""
+        raise NotImplementedError(f"{self.name()} asks for a profile, but not of what")
 
 
 @dataclass(frozen=True)
@@ -211,14 +239,6 @@ class BlockMethod(GradientMethod, ABC):
 
     def restoration(self) -> Restoration | None:
         """What repairs the model before it is compressed (pipeline/restore.py), or None."""
-        return None
-
-    def tuning(self) -> Tuning | None:
-        """How the whole model is trained once all blocks are compressed (pipeline/tune.py), or None."""
-        return None
-
-    def reopen(self, stored: Any, bias: Tensor | None) -> nn.Module | None:
-        """The stand-in (a LearnedLinear) of a layer that is stored (a StoredLinear), for `tuning`; None: TunedLinear."""
         return None
 
 

@@ -25,6 +25,7 @@ from fewbits.pipeline.gather import assume_nothing, gather_inputs
 from fewbits.pipeline.gradients import SENSITIVITIES, keep_sensitivities
 from fewbits.pipeline.memory import return_freed_memory
 from fewbits.pipeline.plan import Plan
+from fewbits.pipeline.profile import RISES, keep_profile
 from fewbits.pipeline.reconstruct import reconstruct_blocks
 from fewbits.pipeline.restore import restored
 from fewbits.pipeline.store import Store
@@ -65,6 +66,9 @@ class StreamSummary:
                 role = name.rpartition(".")[2]
                 breakdown[role] = breakdown.get(role, 0) + bits
         weights = sum(layer["weights"] for layer in layers.values())
+        rises = self.store.state(RISES) if self.store.has_state(RISES) else {}
+        for name, rise in rises.items():
+            layers[name]["loss_rise"] = float(rise)
         return {
             "bits_per_weight": sum(breakdown.values()) / weights,
             "bits": breakdown,
@@ -87,6 +91,7 @@ def compress_model(
     results are not finite.
     """
     options = options or StreamOptions()
+    tuning = _tuning_method(plan)
     shell = source.shell()
     kept = Adapter(shell).kept | _kept_by_plan(Adapter(shell), plan)
     store = Store(work, _settings(source, plan, windows, mask, options))
@@ -97,6 +102,8 @@ def compress_model(
             feed = Feed(source, shell, windows, mask, options)
             _Run(plan, feed, store).compress_blocks()
             blocks = len(feed.blocks)
+            if tuning is not None:
+                tune_blocks(source, tuning, store, blocks, (windows, mask), options.progress)
     return StreamSummary(store, blocks, kept)
 
 
@@ -117,6 +124,14 @@ def _compress_by_blocks(
     if tuning is not None and tuning.steps:
         tune_blocks(source, method, store, blocks, text, options.progress)
     return blocks
+
+
+def _tuning_method(plan: Plan) -> LayerMethod | None:
+    """The layer method that has the whole model trained at last. Raises InputError where it has not all the layers to itself."""
+    asking = [one for one in (plan.method, *(one for _, one in plan.overrides)) if isinstance(one, LayerMethod) and one.tuning()]
+    if asking and plan.overrides:
+        raise InputError(f"{asking[0].name()} trains the whole model at last; a recipe without overrides would be right")
+    return asking[0] if asking else None
 
 
 def _settings(source: ModelSource, plan: Plan, windows: Tensor, mask: Tensor | None, options: StreamOptions) -> dict[str, Any]:
@@ -172,6 +187,7 @@ class _Run:
         layers = [name for block in self.adapter.blocks for name in self.adapter.linears(block)]
         methods = {name: method for name in layers if isinstance(method := self.plan.method_for(name), LayerMethod)}
         keep_sensitivities(self.source, methods, self.feed.windows, self.store)
+        keep_profile(self.source, methods, (self.feed.windows, self.feed.mask), self.store, self.options.progress)
         if not self.store.has_state(_CHOICES):
             choices: dict[str, Tensor] = {}
             for method in set(methods.values()):
@@ -186,6 +202,8 @@ class _Run:
             if not bool(torch.isfinite(weight).all()):
                 raise NumericsError(f"{name}: the weight is not finite; the model file is broken")
             sensitivities = self.store.state(SENSITIVITIES, [name]) if method.uses_gradients else {}
+            if method.profiling() is not None:
+                sensitivities = self.store.state(RISES, [name])
             yield name, weight, Statistics(sensitivities=sensitivities)
 
     def _compress_block(self, index: int, hidden: Tensor, began: float, done: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from fewbits.core.errors import InputError
-from fewbits.core.method import BlockMethod, Tuning
+from fewbits.core.method import GradientMethod, Tuning
 from fewbits.layers.learned import LearnedLinear
 from fewbits.layers.linear import StoredLinear
 from fewbits.layers.tuned import TunedLinear
@@ -24,7 +24,7 @@ _STATE, _NORM = "tuned", "norm"
 
 
 def tune_blocks(
-    source: ModelSource, method: BlockMethod, store: Store, blocks: int, text: tuple[Tensor, Tensor | None], progress: Progress | None
+    source: ModelSource, method: GradientMethod, store: Store, blocks: int, text: tuple[Tensor, Tensor | None], progress: Progress | None
 ) -> None:
     """Train every layer of the finished `store` as the method's `tuning` says, and write the blocks anew.
 
@@ -56,7 +56,7 @@ def tune_blocks(
     store.drop_state(_STATE)
 
 
-def _reopened(method: BlockMethod, tuning: Tuning, stored: StoredLinear, bias: Tensor | None) -> LearnedLinear:
+def _reopened(method: GradientMethod, tuning: Tuning, stored: StoredLinear, bias: Tensor | None) -> LearnedLinear:
     learned = method.reopen(stored, bias)
     return TunedLinear(stored, bias, tuning.tensors, tuning.rate) if learned is None else cast(LearnedLinear, learned)
 
@@ -64,7 +64,7 @@ def _reopened(method: BlockMethod, tuning: Tuning, stored: StoredLinear, bias: T
 class _Tuned:
     """The model with a stand-in in the place of every stored layer."""
 
-    def __init__(self, source: ModelSource, method: BlockMethod, tuning: Tuning, store: Store, blocks: int) -> None:
+    def __init__(self, source: ModelSource, method: GradientMethod, tuning: Tuning, store: Store, blocks: int) -> None:
         self.source, self.tuning = source, tuning
         stored = {name: layer for block in range(blocks) for name, layer in store.layers(block)}
         self.learned: dict[str, LearnedLinear] = {}
