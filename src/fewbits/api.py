@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from dataclasses import asdict
@@ -11,6 +12,9 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from fewbits import caches
+from fewbits.core.checks import check_range
+from fewbits.core.config import read_spec
 from fewbits.core.errors import InputError
 from fewbits.core.method import BlockMethod, LayerMethod, Method, Statistics, TrainingMethod
 from fewbits.core.record import make_record
@@ -47,18 +51,22 @@ def compress(
     output, began = Path(output), time.monotonic()
     check_output(output)
     source = open_model(model)
+    plan = method if isinstance(method, Plan) else Plan(method)
+    settings = {"method": plan.method.name(), "plan": plan.describe(), "calibration": asdict(calibration)}
+    work = output.with_name(output.name + ".work")
+    if work.is_dir() and not fresh and _finished(output, str(model), settings):
+        shutil.rmtree(work)  # the run was stopped after its last file, while tidying up
+        return read_record(output)
     tokens, mask = calibration.batch(source.tokenizer())
     if probe is not None:
         probe.windows(source.tokenizer())
     work = output.with_name(output.name + ".work")
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
-    plan = method if isinstance(method, Plan) else Plan(method)
     summary = compress_model(source, plan, tokens, work, options, mask)
-    settings = {"method": plan.method.name(), "plan": plan.describe(), "calibration": asdict(calibration)}
 
     def describe(folder: Path) -> tuple[dict[str, Any], str]:
-        results = summary.record()
+        results = summary.record() | _file_sizes(open_model(folder)) | {"dense_file_bytes": source.file_bytes()}
         if probe is not None:
             results["probe"] = {"text": asdict(probe)} | _measure(folder, model, probe, streamed=True)
         record = make_record("compress", model, settings, results, began)
@@ -70,6 +78,20 @@ def compress(
 
 
 def train(
+def _finished(output: Path, model: str, settings: dict[str, Any]) -> bool:
+    """Whether `output` is what these settings make of `model`."""
+    if not is_checkpoint(output):
+        return False
+    record = read_record(output)
+    return record["model"] == model and record["settings"] == json.loads(json.dumps(settings))
+
+
+def _file_sizes(source: ModelSource) -> dict[str, Any]:
+    """What the whole model takes on disk: embeddings, norms and whatever else stayed dense included."""
+    size, parameters = source.file_bytes(), source.parameter_count()
+    return {"file_bytes": size, "parameters": parameters, "file_bits_per_weight": 8 * size / parameters}
+
+
     model: torch.nn.Module, method: TrainingMethod, batches: Batches, *, seed: int = 0, progress: StageProgress | None = None
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Train and compress any `model` with `method` on `batches` of (inputs, targets), gone through again and again.
@@ -105,6 +127,9 @@ tags: [fewbits, compressed]
 {bits}
 
 Squared output error over squared output on the calibration text: median {errors[len(errors) // 2][0]:.2e}, largest {errors[-1][0]:.2e}
+The whole file, with what stayed dense: {results["file_bytes"]} bytes, {results["file_bits_per_weight"]:.4f} bits for each of
+{results["parameters"]} parameters; the original's files have {results["dense_file_bytes"]} bytes.
+
 in `{errors[-1][1]}`. Kept as they were: {", ".join(f"`{name}` ({reason})" for name, reason in results["kept"].items())}.
 {_loss(results.get("probe"))}
 ```python
@@ -183,7 +208,7 @@ def evaluate(
     the text's lines, against a reference only, and InputError is raised without one.
     """
     began = time.monotonic()
-    results = _measure(model, reference, text, streamed)
+    results = _measure(model, reference, text, streamed, memory) | _file_sizes(open_model(model))
     if is_checkpoint(Path(model)):
         results["bits_per_weight"] = read_record(Path(model))["results"]["bits_per_weight"]
     settings = {"reference": None if reference is None else str(reference), "text": asdict(text), "streamed": streamed}
@@ -193,7 +218,11 @@ def evaluate(
 def _measure(model: str | Path, reference: str | Path | None, text: TextSample, streamed: bool) -> dict[str, Any]:
     source = open_model(model)
     if source.is_encoder:
-        return _compare_encoders(source.tokenizer(), model, reference, text)
+        return _compare_encoders(source, reference, text, memory)
+    if reference is not None and open_model(reference).is_encoder:
+        raise InputError(
+            f"the reference {str(reference)!r} is an encoder, and {source.name!r} is a language model; two of a kind would be right"
+        )
     windows = text.windows(source.tokenizer())
 
     def opened(one: str | Path) -> torch.nn.Module:
@@ -211,9 +240,26 @@ def _compare_encoders(tokenizer: Any, model: str | Path, reference: str | Path |
     return dict(compare_embeddings(ours, theirs))
 
 
-def generate(model: str | Path, prompt: str, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
-    """The prompt and what the model writes after it; temperature 0 takes the likeliest token each time."""
-    tokenizer = open_model(model).tokenizer()
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    memory: int | str | None = None,
+    cache: str | None = None,
+) -> str:
+    """The prompt and what the model writes after it; temperature 0 takes the likeliest token each time; `memory` as in `load`.
+
+    `cache` names what keys and values are kept in, with its fields: "kivi:bits=2,group_size=32".
+    """
+    source = open_model(model)
+    if source.is_encoder:
+        raise InputError(f"{source.name!r} is an encoder, which writes no text; a language model would be right")
+    check_range("max_new_tokens", max_new_tokens, 1, 10**9)
+    check_range("temperature", temperature, 0, 100)
+    tokenizer = source.tokenizer()
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)

@@ -1,4 +1,6 @@
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -40,6 +42,41 @@ def test_files_are_read_and_bad_ones_named(tmp_path):
             load_text(str(tmp_path / name))
     with pytest.raises(InputError, match="builtin:heldout"):
         load_text("builtin:held")
+
+
+def test_parquet_files_are_read_and_bad_ones_named(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "other": [1, 2, 3]}), tmp_path / "a.parquet")
+    assert load_text(str(tmp_path / "a.parquet")) == ["one", "two"]
+    parquet.write_table(pyarrow.table({"words": ["one"]}), tmp_path / "b.parquet")
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:40])
+    for name, says in [("b.parquet", 'has the columns words; one called "text"'), ("c.parquet", "cannot be read as parquet")]:
+        with pytest.raises(InputError, match=says):
+            load_text(str(tmp_path / name))
+
+
+def test_a_data_set_of_the_hub_is_asked_for_by_name_and_split(monkeypatch):
+    asked = []
+
+    class Rows(dict):
+        column_names = ("text",)
+
+    def load_dataset(name, configuration, split):
+        asked.append((name, configuration, split))
+        if name == "owner/gone":
+            raise ConnectionError("no route\nand a long trace")
+        return Rows(text=["a", "", "b"])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_text("owner/name") == load_text("owner/name:test") == load_text("owner/name/raw-v1:validation[:10%]") == ["a", "", "b"]
+    assert asked == [("owner/name", None, "train"), ("owner/name", None, "test"), ("owner/name", "raw-v1", "validation[:10%]")]
+    with pytest.raises(InputError, match=r"'owner/gone' is no file here, and the hub did not give it \(no route\)"):
+        load_text("owner/gone")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'fewbits\[data\]'"):
+        load_text("owner/name")
+    with pytest.raises(InputError, match=r"'nowhere/text.txt' is not a file"):
+        load_text("nowhere/text.txt")
 
 
 def test_too_short_a_text_says_how_long_it_is():

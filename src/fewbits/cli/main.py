@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import sys
@@ -14,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from fewbits import api
 from fewbits.core.config import configure, suggest
@@ -21,11 +24,14 @@ from fewbits.core.errors import FewbitsError, InputError
 from fewbits.core.method import Method
 from fewbits.core.registry import get_method, list_methods
 from fewbits.data.text import TextSample
+from fewbits.evaluation.measured import measured
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.recipe import read_recipe
 from fewbits.pipeline.stream import StreamOptions
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, builtin:tiny-lm, or owner/name on the Hugging Face hub.")]
+_UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer has its own copy of click, or uses click itself
 _out, _err = Console(), Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -39,37 +45,48 @@ def methods(family: Annotated[str | None, typer.Option(help="Only this family.")
         return
     table = Table("name", "family", "paper", "needs")
     for row in rows:
-        table.add_row(row["name"], row["family"], f"{row['paper']} ({row['arxiv']})", ", ".join(row["needs"]) or "-")
+        table.add_row(row["name"], row["family"], _cited(row), ", ".join(row["needs"]) or "-")
     _out.print(table)
 
 
 @app.command()
-def show(method: str, as_json: Json = False) -> None:
-    """Describe a method: its idea, paper, what is stored, fields and defaults."""
+def show(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="A name that fewbits methods lists.")], as_json: Json = False
+) -> None:
+    """Describe a METHOD: its idea, paper, fields and defaults, what it stores, and what was measured of it."""
     found = get_method(method)
-    described = _described(found) | {"about": (found.__doc__ or "").strip(), "fields": _defaults(found)}
+    described = _described(found) | {"about": inspect.cleandoc(found.__doc__ or ""), "fields": _defaults(found)}
     described["stored_bits_per_weight"] = api.stored_bits(found())
     if as_json:
+    described["measured"] = measured(found.family(), found.name())
         print(json.dumps(described))
         return
-    _out.print(f"[bold]{described['name']}[/] ({described['family']}): {described['paper']}, arXiv {described['arxiv']}\n")
-    _out.print(described["about"] + "\n")
+    # Shapes such as [out, in] are no markup, and lines of code are not to be broken.
+    say = functools.partial(_out.print, markup=False, highlight=False, soft_wrap=True)
+    say(f"{described['name']} ({described['family']}): {_cited(described)}\n\n{described['about']}\n\nFields, set with --set name=value:")
     for name, default in described["fields"].items():
-        _out.print(f"  {name} = {default}")
+        say(f"  {name} = {'none' if default is None else str(default).lower() if isinstance(default, bool) else default}")
     if bits := described["stored_bits_per_weight"]:
-        _out.print(f"\nStored of a layer of 256 x 512 heavy-tailed weights, {sum(bits.values()):.4f} bits each:")
+        say(f"\nStored of a layer of 256 x 512 heavy-tailed weights, {sum(bits.values()):.4f} bits each:")
         for name, count in bits.items():
-            _out.print(f"  {name}: {count:.4f}")
+            say(f"  {name}: {count:.4f}")
+    if rows := described["measured"]:
+        say("\nMeasured on builtin:tiny-lm, against the dense model:")
+        for row in rows:
+            say(f"  {_measured_line(row)}")
 
 
 @app.command()
 def compress(  # noqa: PLR0913 - a command has as many options as users need
-    model: str,
+    model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must be new or empty.")],
     method: Annotated[str | None, typer.Option("-m", "--method", help="Name of a method; fewbits methods lists them.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with a method, its fields, and layers treated otherwise.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="A field of the method, as name=value; may be repeated.")] = None,
-    data: Annotated[str, typer.Option(help="Calibration text: a .txt or .jsonl file, or builtin:NAME.")] = "builtin:calibration",
+    data: Annotated[
+        str,
+        typer.Option(help="Calibration text: a .txt, .jsonl or .parquet file, a data set owner/name:split on the hub, or builtin:NAME."),
+    ] = "builtin:calibration",
     samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     separate: Annotated[bool, typer.Option("--separate", help="Each document in a window of its own, padded at the right.")] = False,
@@ -94,15 +111,21 @@ def compress(  # noqa: PLR0913 - a command has as many options as users need
     bits = ", ".join(f"{name} {count / results['compressed_weights']:.4f}" for name, count in results["bits"].items())
     _out.print(f"{output}: {results['bits_per_weight']:.4f} bits per weight ({bits}) over {results['compressed_weights']} weights")
     if silent := results["silent"]:
+    sizes = (
+        f"{results['file_bytes'] / 1e6:.1f} MB with what stayed dense, where the original has {results['dense_file_bytes'] / 1e6:.1f} MB"
+    )
+    _out.print(f"the weights' files: {sizes}; {results['file_bits_per_weight']:.4f} bits for each of {results['parameters']} parameters")
         _out.print(f"saw no calibration token, so compressed as if inputs were uncorrelated: {', '.join(silent)}")
     _out.print(f"kept as they were: {', '.join(f'{name} ({reason})' for name, reason in results['kept'].items())}")
 
 
 @app.command()
 def evaluate(
-    model: str,
+    model: Model,
     reference: Annotated[str | None, typer.Option(help="Model to compare with, token by token.")] = None,
-    data: Annotated[str, typer.Option(help="Text: a .txt or .jsonl file, or builtin:NAME.")] = "builtin:heldout",
+    data: Annotated[
+        str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, a data set owner/name:split on the hub, or builtin:NAME.")
+    ] = "builtin:heldout",
     windows: Annotated[int, typer.Option(help="Number of windows.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     streamed: Annotated[bool, typer.Option("--streamed", help="One block at a time, for models larger than memory.")] = False,
@@ -115,13 +138,20 @@ def evaluate(
         return
     table = Table("measured", "value")
     for name, value in record["results"].items():
-        table.add_row(name, "[" + ", ".join(f"{v:+.5f}" for v in value) + "]" if isinstance(value, list) else f"{value:.6g}")
+        table.add_row(
+            name,
+            "[" + ", ".join(f"{v:+.5f}" for v in value) + "]"
+            if isinstance(value, list)
+            else f"{value:.6g}"
+            if isinstance(value, float)
+            else str(value),
+        )
     _out.print(table)
 
 
 @app.command()
 def generate(
-    model: str,
+    model: Model,
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
     max_new_tokens: int = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
@@ -137,13 +167,21 @@ def main() -> None:
     try:
         app()
     except FewbitsError as error:
-        print(f"fewbits: {error}", file=sys.stderr)
+        print(f"fewbits: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    transformers_logging.set_verbosity_error()  # its warnings would stand around the one line that is meant for the user
 
 
 def _pairs(settings: list[str]) -> dict[str, str]:
     for setting in settings:
         if "=" not in setting:
+    except _UsageError as error:
+        said = " ".join(cast(Any, error).format_message().split()).rstrip(".")
+        command = getattr(getattr(error, "ctx", None), "command_path", "fewbits")
+        print(f"fewbits: {said}; {command} --help says what would be right", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
             raise InputError(f"--set {setting!r} is not right; name=value would be, for example --set bits=3")
     return dict(cast(tuple[str, str], tuple(setting.split("=", 1))) for setting in settings)
 
@@ -159,6 +197,19 @@ def _defaults(method: type[Method]) -> dict[str, Any]:
 
 
 def _plan(method: str | None, recipe: Path | None, settings: dict[str, str]) -> Plan:
+def _cited(described: dict[str, Any]) -> str:
+    """The paper's title and its number on arXiv, where it has one."""
+    return described["paper"] + (f" (arXiv {described['arxiv']})" if described["arxiv"] else "")
+
+
+def _measured_line(row: dict[str, Any]) -> str:
+    settings = ", ".join(f"{name}={'none' if value is None else value}" for name, value in row["settings"].items()) or "as it is"
+    low, high = row["delta_loss_interval"]
+    against = f"perplexity {row['perplexity']:.2f} (dense {row['reference_perplexity']:.2f}), loss {row['delta_loss']:+.4f}"
+    apart = f"({low:+.4f} to {high:+.4f}), KL {row['kl_mean']:.4f}, same top token {row['top1_agreement']:.1%}"
+    return f"{settings}: {row['bits_per_weight']:.3f} bits per weight, {against} {apart}"
+
+
     if (method is None) == (recipe is None):
         raise InputError("compress needs a method or a recipe, and not both: -m gptq, or --recipe FILE.toml, would be right")
     if recipe is not None:
@@ -183,7 +234,8 @@ class _Bar:
         return self
 
     def __exit__(self, *what: Any) -> None:
-        self.progress.stop()
+        if self.task is not None:
+            self.progress.stop()
 
     def show(self, block: int, blocks: int, layer: str, error: float, seconds_left: float) -> None:
         left = f"{seconds_left:.0f} s left"

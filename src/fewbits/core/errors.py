@@ -11,3 +11,7 @@ class InputError(FewbitsError):
 
 class NumericsError(FewbitsError):
     """A weight, activation, scale or factorization is not usable; the text names the layer."""
+
+
+class BrokenModelError(NumericsError, InputError):
+    """The model that was given holds numbers that are not finite: wrong input, found while computing."""

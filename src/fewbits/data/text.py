@@ -1,6 +1,7 @@
 """Texts by name, and windows of tokens drawn from them."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,27 +14,33 @@ from fewbits.core.errors import InputError
 from fewbits.data.standard_library import calibration_documents, heldout_documents
 
 _BUILTIN: dict[str, Callable[[], list[str]]] = {"heldout": heldout_documents, "calibration": calibration_documents}
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<configuration>[\w.-]+))?(:(?P<split>[\w.%\[\]:-]+))?")
+_FILES = (".txt", ".jsonl", ".parquet", ".json", ".csv", ".md")  # a missing file of these is not looked for on the hub
 
 
 def load_text(name: str) -> list[str]:
-    """The documents of a .txt file (one), a .jsonl file (the field "text" of each line), or `builtin:NAME`.
+    """The documents of a text file (one), of a .jsonl or .parquet file (the field "text" of each row), or `builtin:NAME`.
 
-    Raises InputError where the name is unknown, the file is missing or unreadable, or there is no text in it.
+    A name `owner/name`, `owner/name:split` or `owner/name/configuration:split` that is no file is a data set on the Hugging Face hub
+    (split "train" where none is said). Raises InputError where the name is unknown, the file is missing or unreadable, there
+    is no text in it, or the extra that reads it is not installed.
     """
     if name.startswith("builtin:"):
         if name.removeprefix("builtin:") not in _BUILTIN:
             raise InputError(f"{name!r} is no built-in text; {' or '.join(f'builtin:{known}' for known in _BUILTIN)} would be right")
         return _BUILTIN[name.removeprefix("builtin:")]()
     path = Path(name)
-    if not path.is_file():
-        raise InputError(f"the text {name!r} is not a file; a .txt or .jsonl file, or builtin:calibration, would be right")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    documents = _json_lines(path, content) if path.suffix == ".jsonl" else [content]
+    if path.is_file():
+        documents = _parquet(path) if path.suffix == ".parquet" else _text_file(path)
+    elif (hub := _HUB_NAME.fullmatch(name)) and path.suffix not in _FILES and not path.parent.exists():
+        documents = _from_hub(hub)
+    else:
+        raise InputError(
+            f"the text {name!r} is not a file; a .txt, .jsonl or .parquet file, owner/name:split on the hub, or builtin:calibration, "
+            "would be right"
+        )
     if not any(document.strip() for document in documents):
-        raise InputError(f"{path} holds no text")
+        raise InputError(f"{name} holds no text")
     return documents
 
 
@@ -104,6 +111,51 @@ def document_windows(tokenizer: Any, documents: Sequence[str], length: int, coun
     tokens = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=padding)
     lengths = torch.tensor([len(one) for one in chosen])
     return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
+
+
+def _text_file(path: Path) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    return _json_lines(path, content) if path.suffix == ".jsonl" else [content]
+
+
+def _parquet(path: Path) -> list[str]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise InputError(f"{path} is read by pyarrow; pip install 'fewbits[data]' would be right") from error
+    try:
+        names = parquet.read_schema(path).names
+        rows = parquet.read_table(path, columns=["text"])["text"].to_pylist() if "text" in names else None
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}); it may be cut short: copy it again") from error
+    return _documents(str(path), rows, names)
+
+
+def _from_hub(name: re.Match[str]) -> list[str]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError(
+            f"{name[0]!r} is no file here; the hub's data sets are read by the package datasets: pip install 'fewbits[data]' would be right"
+        ) from error
+    try:
+        rows = load_dataset(name["name"], name["configuration"], split=name["split"] or "train")
+    except Exception as error:  # it raises whatever its many readers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name[0]!r} is no file here, and the hub did not give it ({reason}); a text file would be right") from error
+    return _documents(name[0], rows["text"] if "text" in rows.column_names else None, rows.column_names)
+
+
+def _documents(where: str, rows: Sequence[Any] | None, names: Sequence[str]) -> list[str]:
+    """The texts of a table's column "text"; rows without one are left out."""
+    if rows is None:
+        raise InputError(f'{where} has the columns {", ".join(names)}; one called "text" would be right')
+    return [row for row in rows if isinstance(row, str)]
 
 
 def _json_lines(path: Path, content: str) -> list[str]:

@@ -85,12 +85,15 @@ class ModelSource:
         try:
             return AutoConfig.from_pretrained(self.path)
         except (ValueError, OSError, KeyError) as error:
-            raise InputError(
-                f"{self.path / 'config.json'} is not a configuration that transformers knows: {str(error).splitlines()[0]}"
-            ) from error
+            raise InputError(f"{self.path / 'config.json'} is not a configuration that transformers knows: {_reason(error)}") from error
 
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.path)
+        """Raises InputError where the folder holds none that can be read."""
+        found = self.config  # a broken configuration is said to be one, not a missing tokenizer
+        try:
+            return AutoTokenizer.from_pretrained(self.path, config=found)
+        except Exception as error:  # tokenizers raises plain exceptions
+            raise InputError(f"{self.path} holds no tokenizer that can be read ({_reason(error)}); copy the model's own into it") from error
 
     def fingerprint(self) -> str:
         """SHA-256 over the configuration and the weight files."""
@@ -99,6 +102,16 @@ class ModelSource:
             with open(file, "rb") as stream:
                 digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
+
+    def file_bytes(self) -> int:
+        """Bytes of the weight files, headers included."""
+        return sum(file.stat().st_size for file in set(self._files.values()))
+
+    def parameter_count(self) -> int:
+        """Parameters of the model, shared ones counted once, however the files hold them."""
+        shell = self.shell()
+        shell.tie_weights()
+        return sum(parameter.numel() for parameter in shell.parameters())
 
     @property
     def is_encoder(self) -> bool:
@@ -114,8 +127,12 @@ class ModelSource:
         return cast(PreTrainedModel, shell)
 
     def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """The whole model in memory, in eval mode."""
-        return self._class().from_pretrained(self.path, dtype=dtype).eval()
+        """The whole model in memory, in eval mode. Raises InputError where its files are damaged or do not fit its configuration."""
+        kind = self._class()
+        try:
+            return kind.from_pretrained(self.path, dtype=dtype).eval()
+        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self.path} cannot be loaded ({_reason(error)}); copy the model again") from error
 
     def tensor_names(self) -> tuple[str, ...]:
         return tuple(self._files)
@@ -125,7 +142,10 @@ class ModelSource:
         if name not in self._files:
             raise InputError(f"{self.path} holds no tensor {name!r}")
         with _opened(self._files[name]) as file:
-            return file.get_tensor(name)
+            try:
+                return file.get_tensor(name)
+            except SafetensorError as error:
+                raise InputError(f"{self._files[name]} does not hold the tensor {name!r} ({_reason(error)}); copy it again") from error
 
     def load_module(self, shell: nn.Module, module_name: str, dtype: torch.dtype = torch.float32) -> None:
         """Give the parameters and buffers of one submodule of `shell` ("" for all) their values, in `dtype`.
@@ -173,12 +193,27 @@ class ModelSource:
     def _index(self) -> dict[str, Path]:
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
-            return {name: self.path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            return self._shards(index)
         single = self.path / "model.safetensors"
         if not single.is_file():
             raise InputError(f"{self.path} holds no model.safetensors; save the model with safe_serialization")
         with _opened(single) as file:
             return dict.fromkeys(file.keys(), single)
+
+    def _shards(self, index: Path) -> dict[str, Path]:
+        try:
+            files = {name: self.path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is no index of safetensors shards ({_reason(error)}); copy it again") from error
+        for file in sorted(set(files.values())):
+            if not file.is_file():
+                raise InputError(f"{file} is missing, though {index.name} names it; copy it into the folder")
+        return files
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, without its final dot."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _initialize_buffers(shell: nn.Module, owner: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fewbits.core.errors import NumericsError
+from fewbits.core.errors import BrokenModelError, NumericsError
 from fewbits.core.method import Accumulator, Statistics
 from fewbits.layers.linear import StoredLinear
 from fewbits.models.adapter import Adapter, weight_matrix
@@ -17,11 +17,11 @@ from fewbits.pipeline.plan import Plan
 
 
 def checked_linears(adapter: Adapter, block: str, plan: Plan) -> dict[str, nn.Module]:
-    """The linears of a loaded block that the plan compresses. Raises NumericsError where a weight is not finite."""
+    """The linears of a loaded block that the plan compresses. Raises BrokenModelError where a weight is not finite."""
     linears = {name: linear for name, linear in adapter.linears(block).items() if plan.keeps(name) is None}
     for layer, linear in linears.items():
         if not bool(torch.isfinite(weight_matrix(linear)).all()):
-            raise NumericsError(f"{layer}: the weight is not finite; the model file is broken")
+            raise BrokenModelError(f"{layer}: the weight is not finite; the model file is broken")
     return linears
 
 

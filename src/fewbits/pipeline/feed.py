@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fewbits.core.errors import InputError, NumericsError
+from fewbits.core.errors import BrokenModelError, InputError, NumericsError
 from fewbits.models.adapter import Adapter
 from fewbits.models.experts import mark_padding
 from fewbits.models.source import ModelSource
@@ -57,10 +57,15 @@ class Feed:
         yield from zip(self.windows.split(size), masks, strict=True)
 
     def first_inputs(self) -> Iterator[Tensor]:
-        """Hidden states entering the first block; what every block is called with is remembered on the way."""
+        """Hidden states entering the first block; what every block is called with is remembered on the way.
+
+        Raises BrokenModelError where they are not finite.
+        """
         capture = Capture(self.shell, self.source, self.blocks, self.options.dtype)
         for tokens, mask in self.batches():
             hidden, called = capture.run(tokens, None if mask is None else mask.long())
+            if not bool(torch.isfinite(hidden).all()):
+                raise BrokenModelError("the model's embeddings are not finite; the model file is broken")
             for name, call in called.items():
                 self.calls[name].append(call)
             yield hidden

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fewbits.core.errors import InputError, NumericsError
+from fewbits.core.errors import BrokenModelError, InputError, NumericsError
 from fewbits.core.method import BlockMethod, LayerMethod, Method, Statistics
 from fewbits.core.tensor import CompressedTensor
 from fewbits.layers.linear import CompressedLinear, StoredLinear
@@ -200,7 +200,7 @@ class _Run:
             linear = self.shell.get_submodule(name)
             weight = oriented(linear, self.source.parameter(f"{name}.weight")).float().contiguous()
             if not bool(torch.isfinite(weight).all()):
-                raise NumericsError(f"{name}: the weight is not finite; the model file is broken")
+                raise BrokenModelError(f"{name}: the weight is not finite; the model file is broken")
             sensitivities = self.store.state(SENSITIVITIES, [name]) if method.uses_gradients else {}
             if method.profiling() is not None:
                 sensitivities = self.store.state(RISES, [name])

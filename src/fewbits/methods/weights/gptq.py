@@ -11,7 +11,7 @@ from fewbits.core.checks import check_group_size, check_positive, check_range
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.permutation import Permutation
-from fewbits.formats.ranges import fit_groups, fit_uniform, round_codes
+from fewbits.formats.ranges import Search, fit_groups, fit_uniform, round_codes
 from fewbits.formats.uniform import Uniform
 from fewbits.solvers.error_feedback import Factor, error_feedback, factorize_ordered
 from fewbits.statistics.hessian import Hessian
@@ -31,7 +31,7 @@ class Gptq(LayerMethod):
     bits: int = 4
     group_size: int | None = 128
     symmetric: bool = False
-    search: str = "minmax"
+    search: Search = "minmax"
     damping: float = 0.01
     activation_order: bool = False
     static_groups: bool = False
@@ -51,7 +51,8 @@ class Gptq(LayerMethod):
 
     def compress_group(self, weights: Mapping[str, Tensor], statistics: Statistics) -> dict[str, CompressedTensor]:
         """One Hessian and one factorization serve every linear that reads the same input."""
-        factor, order = factorize_ordered(statistics[Hessian].matrix, self.damping, self.activation_order)
+        dtype = next(iter(weights.values())).dtype
+        factor, order = factorize_ordered(statistics[Hessian].matrix, self.damping, self.activation_order, dtype)
         return {name: self._solve(weight, factor, order) for name, weight in weights.items()}
 
     def _solve(self, weight: Tensor, factor: Factor, order: Tensor) -> CompressedTensor:

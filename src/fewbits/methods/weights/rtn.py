@@ -8,7 +8,7 @@ from torch import Tensor
 from fewbits.core.checks import check_group_size, check_range
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor
-from fewbits.formats.ranges import fit_groups
+from fewbits.formats.ranges import Search, fit_groups
 from fewbits.formats.uniform import Uniform
 
 
@@ -23,7 +23,7 @@ class Rtn(LayerMethod):
     bits: int = 4
     group_size: int | None = 128
     symmetric: bool = False
-    search: str = "minmax"
+    search: Search = "minmax"
 
     paper: ClassVar[Paper] = Paper("Quantizing deep convolutional networks for efficient inference: a whitepaper", "1806.08342", 2018)
 
