@@ -34,10 +34,10 @@ class Cbq(BlockMethod):
     """Weights go up or down by learned choices whose logits are a low-rank product added to the weight's own fraction.
 
     Before training, outliers of weights are cut off and input channels that are outliers are scaled into the weight. In a
-    block's first window the steps are learned first, then frozen, as the choices are relative to them. Stored: one uniform
-    term with fp16 scales and integer zero points; a diagonal scale of the input where channels were outliers; with
-    `activation_bits` the quantizer of the inputs. Departures: see the page; the paper leaves much open and has no public
-    code. Raises InputError for values out of range.
+    block's first window the steps are learned first; the choices are then between floor(w / s), as it is at that moment, and
+    one above. Stored: one uniform term with fp16 scales and integer zero points; a diagonal scale of the input where channels
+    were outliers; with `activation_bits` the quantizer of the inputs. Departures: see the page; the paper leaves much open and
+    has no public code. Raises InputError for values out of range.
     """
 
     bits: int = 2
