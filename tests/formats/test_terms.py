@@ -1,5 +1,7 @@
 """What every term promises, and each one's own arithmetic against values computed elsewhere."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,6 +117,80 @@ def test_fp8_is_what_torch_says(layout, dtype):
     assert torch.equal(layout.values()[layout.encode(values).long()], values.to(dtype).float())
 
 
+LAYOUTS = [
+    (exponent, mantissa, specials)
+    for exponent in range(1, 8)
+    for mantissa in range(8 - exponent)
+    for specials in ("none", "nan", "ieee")
+    if (exponent, mantissa, specials) not in {(1, 0, "nan"), (1, 0, "ieee")}  # nothing but zero is left in these
+]
+
+
+@pytest.mark.parametrize("numbers", LAYOUTS, ids=lambda numbers: "E{}M{}-{}".format(*numbers))
+def test_every_split_of_bits_is_the_formula_and_rounds_to_the_nearest(numbers):
+    """Values computed from the bits one code at a time; rounding by looking at all of them."""
+    exponent_bits, mantissa_bits, specials = numbers
+    layout, bias = Layout(*numbers), 2 ** (exponent_bits - 1) - 1
+    values = []
+    for code in range(2**layout.bits):
+        exponent, mantissa = (code >> mantissa_bits) % 2**exponent_bits, code % 2**mantissa_bits
+        sign = -1.0 if code >> (layout.bits - 1) else 1.0
+        whole, full = exponent == 2**exponent_bits - 1, mantissa == 2**mantissa_bits - 1
+        if specials == "ieee" and whole:
+            values.append(math.nan if mantissa else sign * math.inf)
+        elif specials == "nan" and whole and full:
+            values.append(math.nan)
+        elif exponent:
+            values.append(sign * (1 + mantissa / 2**mantissa_bits) * 2.0 ** (exponent - bias))
+        else:
+            values.append(sign * mantissa / 2**mantissa_bits * 2.0 ** (1 - bias))
+    expected = torch.tensor(values, dtype=torch.float64)
+    torch.testing.assert_close(layout.values().double(), expected, rtol=0, atol=0, equal_nan=True)
+    finite = expected[expected.isfinite()]
+    largest = float(finite.max())
+    wanted = largest * torch.cat([torch.linspace(-1.2, 1.2, 97), torch.randn(200, generator=torch.Generator().manual_seed(0)) / 9])
+    rounded = layout.values()[layout.encode(wanted).long()].double()
+    nearest = (wanted.double().clamp(-largest, largest)[:, None] - finite).abs().amin(1)
+    torch.testing.assert_close((rounded - wanted.double().clamp(-largest, largest)).abs(), nearest, rtol=0, atol=0)
+    assert torch.equal(layout.encode(finite.float()), expected.isfinite().nonzero()[:, 0].to(torch.uint8))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    numbers=st.sampled_from(LAYOUTS), rows=st.integers(1, 4), columns=st.integers(1, 37), block=st.one_of(st.none(), st.integers(1, 40)),
+    scale_format=st.sampled_from(["float", "e8m0", "e4m3"]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_small_floats_of_every_split_shape_and_scale_come_back(numbers, rows, columns, block, scale_format, seed):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    layout = Layout(*numbers)
+    if scale_format == "float" and float(weight.abs().max()) / layout.largest < 1e-6:
+        return  # below what an fp16 scale can say
+    term = Minifloat.round_to_nearest(weight, layout, block_size=block, scale_format=scale_format)
+    again = from_stored(term.settings(), load(save(term.tensors())))
+    assert torch.equal(again.decode(), term.decode()) and bool(term.decode().isfinite().all()) and term.shape == (rows, columns)
+    assert term.bits()["codes"] == rows * 8 * -(-columns * layout.bits // 8)
+    assert term.bits()["scales"] == rows * -(-columns // (block or columns)) * (16 if scale_format == "float" else 8)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    bits=st.integers(1, 8), rows=st.integers(1, 4), columns=st.integers(1, 37), group=st.one_of(st.none(), st.integers(1, 40)),
+    owned=st.tuples(st.booleans(), st.booleans()), scaled=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_codebooks_of_every_width_look_their_values_up(bits, rows, columns, group, owned, scaled, seed):
+    torch.manual_seed(seed)
+    groups = -(-columns // (group or columns))
+    levels = torch.randn(rows if owned[0] else 1, groups if owned[1] else 1, 2**bits).half()
+    codes, scales = torch.randint(2**bits, (rows, columns)), torch.rand(rows, groups).half() if scaled else None
+    term = Codebook.from_codes(codes, levels, scales, bits=bits, group_size=group)
+    for r in range(rows):
+        for c in range(columns):
+            at = c // (group or columns)
+            value = levels[r if owned[0] else 0, at if owned[1] else 0, codes[r, c]].float()
+            assert float(term.decode()[r, c]) == float(value if scales is None else value * scales[r, at].float())
+    assert torch.equal(from_stored(term.settings(), load(save(term.tensors()))).decode(), term.decode())
+
+
 def test_small_floats_by_hand():
     assert E2M1.values()[:8].tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     assert Layout(3, 2).largest == 28.0 and Layout(2, 3).largest == 7.5  # OCP MX: E3M2 and E2M3
@@ -123,8 +199,9 @@ def test_small_floats_by_hand():
     assert E2M1.encode(torch.tensor([2.5, 5.0, 0.25, 0.75, -9.0, 1e9])).tolist() == [4, 6, 0, 2, 15, 7]
     with pytest.raises(InputError, match="not finite"):
         E2M1.encode(torch.tensor([torch.nan]))
-    with pytest.raises(InputError, match="E8M3 does not fit"):
-        Layout(8, 3)
+    for numbers, says in [((8, 3), "E8M3 does not fit"), ((1, 0, "ieee"), "no number but zero"), ((4, 3, "inf"), "'inf' is not known")]:
+        with pytest.raises(InputError, match=says):
+            Layout(*numbers)
 
 
 def test_block_scales_follow_their_standards():

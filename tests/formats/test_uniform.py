@@ -11,15 +11,16 @@ from fewbits.core.tensor import CompressedTensor, from_stored
 from fewbits.formats.uniform import Uniform
 
 
-def random_term(bits, rows, columns, group_size, zeros, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def random_term(bits, rows, columns, group_size, zeros, stored=(torch.float16, False)):
+    generator, (dtype, shared) = torch.Generator().manual_seed(0), stored
     codes = torch.randint(2**bits, (rows, columns), generator=generator)
     groups = -(-columns // (group_size or columns))
-    scales = torch.rand(rows, groups, generator=generator).half() + 0.1
+    owners = 1 if shared else rows
+    scales = (torch.rand(owners, groups, generator=generator) + 0.1).to(dtype)
     zero_points = {
         "symmetric": None,
-        "integer": torch.randint(2**bits, (rows, groups), generator=generator),
-        "real": torch.randn(rows, groups, generator=generator).half(),
+        "integer": torch.randint(2**bits, (owners, groups), generator=generator),
+        "real": torch.randn(owners, groups, generator=generator).to(dtype),
     }[zeros]
     return Uniform.from_codes(codes, scales, zero_points, bits=bits, group_size=group_size), codes, scales, zero_points
 
@@ -30,25 +31,28 @@ CASES = {
     "columns": st.integers(1, 30),
     "group_size": st.one_of(st.none(), st.integers(1, 12)),
     "zeros": st.sampled_from(["symmetric", "integer", "real"]),
+    # the dtype of the scales, and whether one serves all rows
+    "stored": st.tuples(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]), st.booleans()),
 }
 
 
 @settings(deadline=None, max_examples=60)
 @given(**CASES)
-def test_decode_is_the_formula_element_by_element(bits, rows, columns, group_size, zeros):
-    term, codes, scales, zero_points = random_term(bits, rows, columns, group_size, zeros)
+def test_decode_is_the_formula_element_by_element(bits, rows, columns, group_size, zeros, stored):
+    term, codes, scales, zero_points = random_term(bits, rows, columns, group_size, zeros, stored)
     decoded = term.decode()
     for r in range(rows):
         for c in range(columns):
             group = c // (group_size or columns)
-            zero = 2 ** (bits - 1) if zero_points is None else float(zero_points[r, group])
-            assert float(decoded[r, c]) == pytest.approx((int(codes[r, c]) - zero) * float(scales[r, group]), rel=1e-6)
+            owner = 0 if stored[1] else r
+            zero = 2 ** (bits - 1) if zero_points is None else float(zero_points[owner, group])
+            assert float(decoded[r, c]) == pytest.approx((int(codes[r, c]) - zero) * float(scales[owner, group]), rel=1e-6, abs=1e-6)
 
 
 @settings(deadline=None, max_examples=25)
 @given(**CASES)
-def test_a_file_holds_it_bit_exactly(tmp_path_factory, bits, rows, columns, group_size, zeros):
-    tensor = CompressedTensor((random_term(bits, rows, columns, group_size, zeros)[0],))
+def test_a_file_holds_it_bit_exactly(tmp_path_factory, bits, rows, columns, group_size, zeros, stored):
+    tensor = CompressedTensor((random_term(bits, rows, columns, group_size, zeros, stored)[0],))
     path = tmp_path_factory.mktemp("stored") / "t.safetensors"
     save_file(tensor.tensors(), path)
     again = from_stored(json.loads(json.dumps(tensor.settings())), load_file(path))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -34,6 +34,10 @@ class Layout:
             raise InputError(
                 f"E{self.exponent_bits}M{self.mantissa_bits} does not fit; an exponent of 1 or more bits, 8 bits in all, would"
             )
+        if self.specials not in get_args(Specials):
+            raise InputError(f"specials={self.specials!r} is not known; 'none', 'nan' or 'ieee' would be right")
+        if len(_magnitudes(self)) < 2:
+            raise InputError(f"E{self.exponent_bits}M{self.mantissa_bits} with {self.specials!r} has no number but zero; more bits would")
 
     @property
     def bits(self) -> int:
