@@ -3,6 +3,7 @@ import torch
 from sklearn.cluster import KMeans
 
 from fewbits.core.errors import InputError
+from fewbits.solvers import vector_kmeans
 from fewbits.solvers.vector_kmeans import cluster_vectors, nearest
 
 
@@ -36,6 +37,24 @@ def test_few_different_vectors_are_kept_as_they_are():
     for count in (10, 16):
         centroids, codes = cluster_vectors(values, count)
         assert centroids.shape == (count, 4) and torch.equal(centroids[codes], values)
+
+
+def test_faiss_finds_what_torch_finds(monkeypatch):
+    pytest.importorskip("faiss", reason="the extra `vectors` is not installed")
+    values, weights = vectors(20000)
+    with_faiss = cluster_vectors(values, 64, weights=weights)
+    monkeypatch.setattr(vector_kmeans, "faiss_library", lambda: None)
+    with_torch = cluster_vectors(values, 64, weights=weights)
+    for count in (7, 64):  # one step: the same vectors go to the same centroids, but for ties
+        centroids = with_torch[0][:count]
+        ours = nearest(values, centroids)
+        monkeypatch.undo()
+        theirs = nearest(values, centroids)
+        monkeypatch.setattr(vector_kmeans, "faiss_library", lambda: None)
+        assert float((ours[0] != theirs[0]).float().mean()) < 1e-3
+        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-5)
+    # A tie decided otherwise can lead k-means elsewhere, not to a worse end.
+    assert error(values, weights, with_faiss[0]) == pytest.approx(error(values, weights, with_torch[0]), rel=1e-2)
 
 
 def test_no_centroid_stays_empty():
