@@ -73,6 +73,11 @@ SETTINGS = {
         {"tune_steps": 200, "batch_size": 2, "core_bits": 8},
         {"tune_steps": 200, "batch_size": 2, "sites": 3},
     ],
+    "jlcm": [
+        {"bits": bits} | change
+        for bits in (3, 2)
+        for change in ({}, {"steps": 0}, {"groups": 1, "steps": 0}, {"gradient": "default"}, {"mode": "scales"})
+    ],
     "lq_lora": [{}, {"weighting": "none"}, {"iterations": 0, "weighting": "none"}, {"budget": 2.5}],
     "apiq": [{}, {"adapter_rate": 0.0}, {"clip_rate": 0.0}, {"steps": 0}],
     "apiq_saliency": [{}, {"saliency": "none"}],

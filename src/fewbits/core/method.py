@@ -217,6 +217,8 @@ class BlockMethod(GradientMethod, ABC):
     overlap: int = 0  # blocks that are trained again with their successors
     batch_size: int = 4  # sequences a step
     norm_rate: float = 0.0  # learning rate of the block's norms; 0 leaves them as they are
+    look_every: int = 0  # steps between looks at the loss of all sequences, the best of which is gone back to; 0: the last step stays
+    sorts_channels: bool = False  # whether `order_channels` is asked
     seed: int = 0
 
     @abstractmethod
@@ -228,6 +230,15 @@ class BlockMethod(GradientMethod, ABC):
     ) -> dict[str, nn.Module]:
         """Stand-ins of all linears that read the same input, by name; override to share work between them."""
         return {name: self.begin(weight, biases[name], statistics.of(name)) for name, weight in weights.items()}
+
+    def order_channels(self, makers: Sequence[Tensor]) -> Tensor | None:
+        """The order `[channels]` in which inner channels of a block are put before it is compressed; None: they stay.
+
+        `makers` are the weights `[channels, in]` of the linear layers that make the channels (gate and up of a gated MLP); linear
+        layers alone read them. The block computes the same, and nothing of it is stored. In `begin` the order is the makers'
+        `statistics.choice`. Sensitivities are of the old order.
+        """
+        return None
 
     def loss(self, outputs: Tensor, dense: Tensor, mixed: Tensor) -> Tensor:
         """Of the window's `outputs`; targets are the dense window's on the dense model's inputs, and on the same inputs as here."""

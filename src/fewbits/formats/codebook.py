@@ -18,7 +18,7 @@ class Codebook(Term, kind="codebook"):
 
     Packed codes `[rows, bytes]`, levels `[rows or 1, groups or 1, 2**bits]` ascending in no particular order, scales
     `[rows or 1, groups]`, themselves numbers or a term of that shape, or None for levels that are the values themselves.
-    Made by `from_codes`.
+    With `row_ends`, where each run of neighbouring rows ends, levels or scales may have one row for each run. Made by `from_codes`.
     """
 
     codes: Tensor
@@ -28,20 +28,30 @@ class Codebook(Term, kind="codebook"):
     columns: int
     bits_per_code: int
     group_size: int
+    row_ends: tuple[int, ...] = ()
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, levels: Tensor, scales: Tensor | Term | None = None, *, bits: int, group_size: int | None = None
+        cls,
+        codes: Tensor,
+        levels: Tensor,
+        scales: Tensor | Term | None = None,
+        *,
+        bits: int,
+        group_size: int | None = None,
+        row_ends: tuple[int, ...] = (),
     ) -> Codebook:
         """`codes [rows, columns]` in 0..2**bits-1. Raises InputError where shapes disagree or a level or scale is not finite."""
         rows, columns = codes.shape
         size = columns if group_size is None else group_size
         if size < 1:
             raise InputError(f"group_size={size} is out of range; it must be at least 1, or None for whole rows")
-        groups = -(-columns // size)
-        if levels.ndim != 3 or levels.shape[0] not in (1, rows) or levels.shape[1] not in (1, groups) or levels.shape[2] != 2**bits:
-            raise InputError(f"levels {list(levels.shape)} do not fit; [1 or {rows}, 1 or {groups}, {2**bits}] would")
-        if scales is not None and (scales.shape[0] not in (1, rows) or scales.shape[1:] != (groups,)):
+        groups, runs = -(-columns // size), len(row_ends) or rows
+        if row_ends and (list(row_ends) != sorted(row_ends) or row_ends[0] < 0 or row_ends[-1] != rows):
+            raise InputError(f"runs of rows that end at {row_ends} do not cut {rows} rows; ascending numbers up to {rows} would")
+        if levels.ndim != 3 or levels.shape[0] not in (1, rows, runs) or levels.shape[1] not in (1, groups) or levels.shape[2] != 2**bits:
+            raise InputError(f"levels {list(levels.shape)} do not fit; [1 or {runs}, 1 or {groups}, {2**bits}] would")
+        if scales is not None and (scales.shape[0] not in (1, rows, runs) or scales.shape[1:] != (groups,)):
             raise InputError(
                 f"scales {list(scales.shape)} do not fit codes {[rows, columns]} in groups of {size}; [{rows}, {groups}] would"
             )
@@ -49,7 +59,7 @@ class Codebook(Term, kind="codebook"):
             values = stored.decode() if isinstance(stored, Term) else stored
             if values is not None and not bool(torch.isfinite(values).all()):
                 raise InputError(f"a {name} is not finite in {values.dtype}; a wider dtype, or finite weights, would be right")
-        return cls(pack(codes, bits), levels, scales, rows, columns, bits, size)
+        return cls(pack(codes, bits), levels, scales, rows, columns, bits, size, row_ends)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -58,13 +68,21 @@ class Codebook(Term, kind="codebook"):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         groups = torch.arange(self.columns, device=self.codes.device) // self.group_size
         codes = unpack(self.codes, self.bits_per_code, self.columns).long()
-        rows = torch.arange(self.rows, device=self.codes.device)[:, None]
         books = self.levels.float()
-        values = books[rows if books.shape[0] > 1 else 0, groups if books.shape[1] > 1 else 0, codes]
+        values = books[self._places(len(books))[:, None], groups if books.shape[1] > 1 else 0, codes]
         if self.scales is not None:
             scales = self.scales.decode() if isinstance(self.scales, Term) else self.scales.float()
-            values = values * scales[:, groups]
+            values = values * scales[self._places(len(scales))][:, groups]
         return values.to(dtype)
+
+    def _places(self, count: int) -> Tensor:
+        """int64 `[rows]`: which of `count` rows of levels or scales each row has."""
+        rows = torch.arange(self.rows, device=self.codes.device)
+        if count == 1:
+            return torch.zeros_like(rows)
+        if count == len(self.row_ends):
+            return torch.bucketize(rows, torch.tensor(self.row_ends, device=rows.device), right=True)
+        return rows
 
 
 def normal_float_levels(bits: int = 4, offset: float | None = None) -> Tensor:

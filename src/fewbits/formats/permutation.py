@@ -39,6 +39,37 @@ class Permutation(Transform, kind="permutation"):
 
 
 @dataclass(frozen=True, eq=False)
+class PackedPermutation(Transform, kind="packed_permutation"):
+    """As Permutation, but in as many bits a feature as its number needs. Made by `from_order`."""
+
+    packed: Tensor  # uint8 [bytes]
+    features: int
+
+    @classmethod
+    def from_order(cls, order: Tensor) -> PackedPermutation:
+        """`order [features]`, integers. Raises InputError where it does not hold every index once."""
+        checked = Permutation.from_order(order).order
+        return cls(pack(checked.long()[None], _index_bits(checked.numel()))[0], checked.numel())
+
+    def order(self) -> Tensor:
+        """int64 `[features]`: the old place of every feature."""
+        return unpack(self.packed[None], _index_bits(self.features), self.features)[0].long()
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        return vectors[..., self.order()]
+
+    def transpose(self) -> Permutation:
+        return Permutation.from_order(self.order()).transpose()
+
+    def inverse(self) -> Permutation:
+        return self.transpose()
+
+
+def _index_bits(features: int) -> int:
+    return max(1, (features - 1).bit_length())
+
+
+@dataclass(frozen=True, eq=False)
 class Partition(Transform, kind="partition"):
     """Chosen features first, the others after them, both in their old order: one bit a feature. Made by `from_mask`."""
 

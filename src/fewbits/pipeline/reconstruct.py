@@ -18,13 +18,14 @@ from fewbits.core.method import BlockMethod, Statistics
 from fewbits.layers.learned import LearnedLinear
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.adapter import Adapter, weight_matrix
+from fewbits.models.reorder import reorder_channels
 from fewbits.pipeline.entries import checked_linears, layer_entry, report, second_moment
 from fewbits.pipeline.feed import Feed, finite
 from fewbits.pipeline.gather import assume_nothing, gather_inputs
 from fewbits.pipeline.gradients import SENSITIVITIES, keep_sensitivities
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.store import Store
-from fewbits.pipeline.train import train
+from fewbits.pipeline.train import BestStep, train
 
 _DENSE, _MIXED = "-dense", "-mixed"
 
@@ -53,6 +54,7 @@ class _Open:
         self.learned: dict[str, LearnedLinear] = {}
         self.moments: dict[str, tuple[Tensor | None, int]] = {}
         self.norms: dict[str, nn.Parameter] = {}
+        self.orders: dict[str, Tensor] = {}  # of the rows of layers whose channels were put in another order
 
 
 class _Windows:
@@ -105,6 +107,9 @@ class _Windows:
             if name not in self.open:
                 self.feed.source.load_module(self.shell, name, self.feed.options.dtype)
                 self.open[name] = _Open(checked_linears(self.adapter, name, self.plan))
+                if self.method.sorts_channels:
+                    block, linears = self.shell.get_submodule(name), self.open[name].linears
+                    self.open[name].orders = reorder_channels(name, block, linears, self.method.order_channels)
             self._install(name, self.open[name].linears)
 
     def _all_outputs(self, names: Sequence[str], hidden: Tensor) -> Tensor:
@@ -121,6 +126,7 @@ class _Windows:
             if not tokens:
                 assume_nothing(statistics)
             moment = second_moment(statistics)
+            statistics.choices = block.orders
             block.learned |= self._stand_ins({name: block.linears[name] for name in group}, statistics)
             block.moments |= dict.fromkeys(group, (moment, tokens))
         block.learned = {name: block.learned[name] for name in block.linears}
@@ -148,8 +154,11 @@ class _Windows:
         order = torch.Generator().manual_seed(method.seed * 100003 + index)
         size = self.feed.options.batch_size
         first: list[tuple[float, float]] = []
+        trained = [one for group in groups for one in group["params"]]
+        best = BestStep(trained, lambda: self._loss_of_all(names, streams), method.look_every)
 
         def loss(step: int) -> Tensor:
+            best.look(step)
             number = int(torch.randint(-(-len(mixed) // size), (1,), generator=order))
             inside = min(size, len(mixed) - number * size)
             if inside > method.batch_size and self.feed.mask is None and self._shareable(names, number, inside):
@@ -172,6 +181,16 @@ class _Windows:
 
         if groups:
             train(groups, loss, method.steps, seed=method.seed, progress=show)
+            best.restore()
+
+    def _loss_of_all(self, names: Sequence[str], streams: tuple[Tensor, Tensor, Tensor]) -> float:
+        """The method's loss of all sequences, the mean over batches."""
+        parts = zip(*(stream.split(self.feed.options.batch_size) for stream in streams), strict=True)
+        losses = [
+            self.method.loss(self.feed.run(names, mixed, number), dense, own) * len(mixed)
+            for number, (mixed, dense, own) in enumerate(parts)
+        ]
+        return float(torch.stack(losses).sum()) / len(streams[0])
 
     def _shareable(self, names: Sequence[str], number: int, sequences: int) -> bool:
         """Whether no argument of a block is a tensor of its own for each sequence of the batch."""
@@ -273,6 +292,7 @@ class _Windows:
             for layer, linear in block.linears.items():
                 nothing = Statistics(*(need(weight_matrix(linear).shape[1]) for need in self.method.needs))
                 assume_nothing(nothing)
+                nothing.choices = block.orders
                 block.learned |= self._stand_ins({layer: linear}, nothing)
                 mine = {
                     key.removeprefix(f"learned/{layer}/"): value for key, value in tensors.items() if key.startswith(f"learned/{layer}/")

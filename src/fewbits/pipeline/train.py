@@ -88,6 +88,34 @@ def train(
     return losses
 
 
+class BestStep:
+    """Looks at `measure()` every so many steps and keeps what `parameters` were when it was least; `every` 0 never looks."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], measure: Callable[[], float], every: int) -> None:
+        self.parameters, self.measure, self.every = parameters, measure, every
+        self.least, self.kept = math.inf, list[Tensor]()
+
+    def look(self, step: int) -> None:
+        """Before a step, counted from 0."""
+        if self.every and step % self.every == 0:
+            self._keep()
+
+    def restore(self) -> None:
+        """After the last step: looks once more, then parameters go back to what they were at the best look."""
+        if not self.every:
+            return
+        self._keep()
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, self.kept, strict=True):
+                parameter.copy_(value)
+
+    def _keep(self) -> None:
+        with torch.no_grad():
+            found = self.measure()
+        if found < self.least:
+            self.least, self.kept = found, [parameter.detach().clone() for parameter in self.parameters]
+
+
 def _backward(parts: Tensor | Iterable[Tensor], step: int, steps: int) -> float:
     total = 0.0
     for part in [parts] if isinstance(parts, Tensor) else parts:

@@ -55,7 +55,7 @@ def cluster_pools(pools: Sequence[tuple[Tensor, Tensor]], count: int) -> Tensor:
             different, place = merged[number]
             values[row], values[row, : len(different)] = different[-1], different  # what is filled up has no weight
             weights[row].index_add_(0, place, pools[number][1].double())
-        found[large] = cluster_rows(values, weights, count, bins=max(128, 4 * count))
+        found[large] = cluster_rows(values, weights, count, bins=max(128, 2 * count))
     return found
 
 
