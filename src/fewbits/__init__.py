@@ -4,6 +4,8 @@ from fewbits.api import compress, evaluate, generate, load, train
 from fewbits.core.errors import FewbitsError, InputError, NumericsError
 from fewbits.core.tensor import CompressedTensor, Term, Transform
 from fewbits.data.text import TextSample
+from fewbits.export.resize import resize
+from fewbits.layers import parts as _parts  # noqa: F401 - makes what a folder holds known
 from fewbits.models import transformers_hook as _transformers_hook  # noqa: F401 - registers the folder format
 
 __all__ = [
@@ -18,5 +20,6 @@ __all__ = [
     "evaluate",
     "generate",
     "load",
+    "resize",
     "train",
 ]

@@ -22,10 +22,12 @@ from fewbits.data.text import TextSample
 from fewbits.evaluation.embeddings import compare_embeddings, embed
 from fewbits.evaluation.fidelity import score, summarize
 from fewbits.evaluation.streamed import StreamedModel
-from fewbits.export.checkpoint import check_output, is_checkpoint, load_checkpoint, read_record, write_checkpoint
+from fewbits.export.checkpoint import check_output, is_checkpoint, load_checkpoint, read_record, read_stack, write_checkpoint
+from fewbits.export.stack import memory_in_bytes
 from fewbits.layers.learned import LearnedLinear
 from fewbits.layers.linear import StoredLinear, whole_bits
-from fewbits.models.source import open_model
+from fewbits.models.hf_cache import cache_keyword
+from fewbits.models.source import ModelSource, open_model
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.stages import Batches, train_stages
 from fewbits.pipeline.stages import Progress as StageProgress
@@ -49,18 +51,17 @@ def compress(
     goes on where it was unless `fresh`. Raises InputError for wrong input before any work is done.
     """
     output, began = Path(output), time.monotonic()
-    check_output(output)
-    source = open_model(model)
     plan = method if isinstance(method, Plan) else Plan(method)
     settings = {"method": plan.method.name(), "plan": plan.describe(), "calibration": asdict(calibration)}
     work = output.with_name(output.name + ".work")
     if work.is_dir() and not fresh and _finished(output, str(model), settings):
         shutil.rmtree(work)  # the run was stopped after its last file, while tidying up
         return read_record(output)
+    check_output(output)
+    source = open_model(model)
     tokens, mask = calibration.batch(source.tokenizer())
     if probe is not None:
         probe.windows(source.tokenizer())
-    work = output.with_name(output.name + ".work")
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
     summary = compress_model(source, plan, tokens, work, options, mask)
@@ -72,12 +73,11 @@ def compress(
         record = make_record("compress", model, settings, results, began)
         return record, _card(str(model), record)
 
-    record = write_checkpoint(output, source, summary.layers, describe, replaced=summary.replaced())
+    record = write_checkpoint(output, source, summary.layers, describe, replaced=summary.replaced(), order=summary.order)
     shutil.rmtree(work)
     return dict(record)
 
 
-def train(
 def _finished(output: Path, model: str, settings: dict[str, Any]) -> bool:
     """Whether `output` is what these settings make of `model`."""
     if not is_checkpoint(output):
@@ -92,6 +92,7 @@ def _file_sizes(source: ModelSource) -> dict[str, Any]:
     return {"file_bytes": size, "parameters": parameters, "file_bits_per_weight": 8 * size / parameters}
 
 
+def train(
     model: torch.nn.Module, method: TrainingMethod, batches: Batches, *, seed: int = 0, progress: StageProgress | None = None
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
     """Train and compress any `model` with `method` on `batches` of (inputs, targets), gone through again and again.
@@ -126,10 +127,10 @@ tags: [fewbits, compressed]
 |---|---|
 {bits}
 
-Squared output error over squared output on the calibration text: median {errors[len(errors) // 2][0]:.2e}, largest {errors[-1][0]:.2e}
 The whole file, with what stayed dense: {results["file_bytes"]} bytes, {results["file_bits_per_weight"]:.4f} bits for each of
 {results["parameters"]} parameters; the original's files have {results["dense_file_bytes"]} bytes.
 
+Squared output error over squared output on the calibration text: median {errors[len(errors) // 2][0]:.2e}, largest {errors[-1][0]:.2e}
 in `{errors[-1][1]}`. Kept as they were: {", ".join(f"`{name}` ({reason})" for name, reason in results["kept"].items())}.
 {_loss(results.get("probe"))}
 ```python
@@ -188,10 +189,19 @@ def stored_bits(method: Method, rows: int = 256, columns: int = 512) -> dict[str
     return found
 
 
-def load(model: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A dense model or a folder that `compress` wrote, in eval mode."""
+def load(model: str | Path, dtype: torch.dtype = torch.float32, *, memory: int | str | None = None) -> PreTrainedModel:
+    """A dense model or a folder that `compress` wrote, in eval mode.
+
+    Of a folder whose layers' terms are ranked (bitstack) `memory`, bytes or text such as "120MB", loads the most that fits in it:
+    it counts all stored tensors, dense parameters in the dtype of the file, and no others are read; `resize` changes it later.
+    Raises InputError for a size below the smallest, or of a model that has one size.
+    """
     if is_checkpoint(Path(model)):
-        return load_checkpoint(Path(model), dtype)
+        return load_checkpoint(Path(model), dtype, memory)
+    if memory is not None:
+        raise InputError(
+            f"{str(model)!r} is no stack, so it has one size; a folder compressed with a method such as bitstack would be right"
+        )
     return open_model(model).load(dtype)
 
 
@@ -201,21 +211,36 @@ def evaluate(
     reference: str | Path | None = None,
     text: TextSample = TextSample("builtin:heldout", count=64),
     streamed: bool = False,
+    memory: int | str | None = None,
 ) -> dict[str, Any]:
     """One record: perplexity of `model` on `text` and, against a reference, KL, agreement and the paired loss difference.
 
-    `streamed` runs one block at a time, for models that are larger than memory. An encoder is measured by the embeddings of
-    the text's lines, against a reference only, and InputError is raised without one.
+    `streamed` runs one block at a time, for models that are larger than memory. `memory` gives the size of the model, as in
+    `load`. An encoder is measured by the embeddings of the text's lines, against a reference only, and InputError is raised
+    without one.
     """
     began = time.monotonic()
     results = _measure(model, reference, text, streamed, memory) | _file_sizes(open_model(model))
     if is_checkpoint(Path(model)):
-        results["bits_per_weight"] = read_record(Path(model))["results"]["bits_per_weight"]
+        results |= _sizes(Path(model), memory)
     settings = {"reference": None if reference is None else str(reference), "text": asdict(text), "streamed": streamed}
-    return make_record("evaluate", model, settings, results, began)
+    return make_record("evaluate", model, settings | ({} if memory is None else {"memory": memory}), results, began)
 
 
-def _measure(model: str | Path, reference: str | Path | None, text: TextSample, streamed: bool) -> dict[str, Any]:
+def _sizes(folder: Path, memory: int | str | None) -> dict[str, float]:
+    """True bits per weight of a checkpoint and, of a stack of which `memory` is used, its bytes."""
+    made = read_record(folder)["results"]
+    if memory is None:
+        return {"bits_per_weight": made["bits_per_weight"]}
+    sizes = (stack := read_stack(folder)).sizes
+    stored = sizes[stack.length(memory_in_bytes(memory))]
+    bits = sum(made["bits"].values()) - 8 * (sizes[-1] - stored)
+    return {"bits_per_weight": bits / made["compressed_weights"], "stored_bytes": stored}
+
+
+def _measure(
+    model: str | Path, reference: str | Path | None, text: TextSample, streamed: bool, memory: int | str | None = None
+) -> dict[str, Any]:
     source = open_model(model)
     if source.is_encoder:
         return _compare_encoders(source, reference, text, memory)
@@ -225,18 +250,19 @@ def _measure(model: str | Path, reference: str | Path | None, text: TextSample, 
         )
     windows = text.windows(source.tokenizer())
 
-    def opened(one: str | Path) -> torch.nn.Module:
-        return StreamedModel(one, windows) if streamed else load(one)
+    def opened(one: str | Path, memory: int | str | None = None) -> torch.nn.Module:
+        return StreamedModel(one, windows, memory=memory) if streamed else load(one, memory=memory)
 
-    scores = score(opened(model), windows, None if reference is None else opened(reference))
+    scores = score(opened(model, memory), windows, None if reference is None else opened(reference))
     return summarize(scores, seed=text.seed)
 
 
-def _compare_encoders(tokenizer: Any, model: str | Path, reference: str | Path | None, text: TextSample) -> dict[str, Any]:
+def _compare_encoders(source: ModelSource, reference: str | Path | None, text: TextSample, memory: int | str | None) -> dict[str, Any]:
     if reference is None:
-        raise InputError(f"{str(model)!r} is an encoder, which is measured against a reference only; name one")
+        raise InputError(f"{source.name!r} is an encoder, which is measured against a reference only; name one")
+    models = (load(source.path, memory=memory), load(reference))
     sentences = text.lines()
-    ours, theirs = (embed(load(one), tokenizer, sentences, length=text.length) for one in (model, reference))
+    ours, theirs = (embed(one, source.tokenizer(), sentences, length=text.length) for one in models)
     return dict(compare_embeddings(ours, theirs))
 
 
@@ -263,5 +289,10 @@ def generate(
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    output = cast(Any, load(model)).generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
+    if not inputs["input_ids"].numel():
+        raise InputError("the prompt is empty; some text to go on from would be right")
+    opened = cast(Any, load(model, memory=memory))
+    if cache is not None:
+        sampling[cache_keyword(opened)] = caches.open(opened, *read_spec(cache))
+    output = opened.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))

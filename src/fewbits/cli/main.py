@@ -34,6 +34,7 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, builtin:t
 _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer has its own copy of click, or uses click itself
 _out, _err = Console(), Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Memory = Annotated[str | None, typer.Option(help="Load the most of a stack (bitstack) that fits in this, such as 120MB.")]
 
 
 @app.command()
@@ -57,8 +58,8 @@ def show(
     found = get_method(method)
     described = _described(found) | {"about": inspect.cleandoc(found.__doc__ or ""), "fields": _defaults(found)}
     described["stored_bits_per_weight"] = api.stored_bits(found())
-    if as_json:
     described["measured"] = measured(found.family(), found.name())
+    if as_json:
         print(json.dumps(described))
         return
     # Shapes such as [out, in] are no markup, and lines of code are not to be broken.
@@ -110,11 +111,11 @@ def compress(  # noqa: PLR0913 - a command has as many options as users need
     results = record["results"]
     bits = ", ".join(f"{name} {count / results['compressed_weights']:.4f}" for name, count in results["bits"].items())
     _out.print(f"{output}: {results['bits_per_weight']:.4f} bits per weight ({bits}) over {results['compressed_weights']} weights")
-    if silent := results["silent"]:
     sizes = (
         f"{results['file_bytes'] / 1e6:.1f} MB with what stayed dense, where the original has {results['dense_file_bytes'] / 1e6:.1f} MB"
     )
     _out.print(f"the weights' files: {sizes}; {results['file_bits_per_weight']:.4f} bits for each of {results['parameters']} parameters")
+    if silent := results["silent"]:
         _out.print(f"saw no calibration token, so compressed as if inputs were uncorrelated: {', '.join(silent)}")
     _out.print(f"kept as they were: {', '.join(f'{name} ({reason})' for name, reason in results['kept'].items())}")
 
@@ -129,10 +130,11 @@ def evaluate(
     windows: Annotated[int, typer.Option(help="Number of windows.")] = 64,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
     streamed: Annotated[bool, typer.Option("--streamed", help="One block at a time, for models larger than memory.")] = False,
+    memory: Memory = None,
     as_json: Json = False,
 ) -> None:
     """Measure MODEL's perplexity and, with --reference, what was lost."""
-    record = api.evaluate(model, reference=reference, text=TextSample(data, windows, seq_len), streamed=streamed)
+    record = api.evaluate(model, reference=reference, text=TextSample(data, windows, seq_len), streamed=streamed, memory=memory)
     if as_json:
         print(json.dumps(record))
         return
@@ -156,25 +158,23 @@ def generate(
     max_new_tokens: int = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
     seed: int = 0,
+    memory: Memory = None,
+    cache: Annotated[str | None, typer.Option(help="What keys and values are kept in, as METHOD or METHOD:field=value,...")] = None,
 ) -> None:
     """Write on from a prompt."""
-    print(api.generate(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed))
+    options: dict[str, Any] = {"temperature": temperature, "seed": seed, "memory": memory, "cache": cache}
+    print(api.generate(model, prompt, max_new_tokens=max_new_tokens, **options))
 
 
 def main() -> None:
     """The program `fewbits`: status 0 done, 2 wrong input in one line, 1 a failure of ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers_logging.set_verbosity_error()  # its warnings would stand around the one line that is meant for the user
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="fewbits", standalone_mode=False) or 0)
     except FewbitsError as error:
         print(f"fewbits: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    transformers_logging.set_verbosity_error()  # its warnings would stand around the one line that is meant for the user
-
-
-def _pairs(settings: list[str]) -> dict[str, str]:
-    for setting in settings:
-        if "=" not in setting:
     except _UsageError as error:
         said = " ".join(cast(Any, error).format_message().split()).rstrip(".")
         command = getattr(getattr(error, "ctx", None), "command_path", "fewbits")
@@ -182,6 +182,11 @@ def _pairs(settings: list[str]) -> dict[str, str]:
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
+
+
+def _pairs(settings: list[str]) -> dict[str, str]:
+    for setting in settings:
+        if "=" not in setting:
             raise InputError(f"--set {setting!r} is not right; name=value would be, for example --set bits=3")
     return dict(cast(tuple[str, str], tuple(setting.split("=", 1))) for setting in settings)
 
@@ -192,11 +197,6 @@ def _described(method: type[Method]) -> dict[str, Any]:
     return {"name": method.name(), "family": method.family(), "paper": paper.title, "arxiv": paper.arxiv, "needs": needs}
 
 
-def _defaults(method: type[Method]) -> dict[str, Any]:
-    return {field.name: None if field.default is MISSING else field.default for field in fields(cast(Any, method))}
-
-
-def _plan(method: str | None, recipe: Path | None, settings: dict[str, str]) -> Plan:
 def _cited(described: dict[str, Any]) -> str:
     """The paper's title and its number on arXiv, where it has one."""
     return described["paper"] + (f" (arXiv {described['arxiv']})" if described["arxiv"] else "")
@@ -210,6 +210,11 @@ def _measured_line(row: dict[str, Any]) -> str:
     return f"{settings}: {row['bits_per_weight']:.3f} bits per weight, {against} {apart}"
 
 
+def _defaults(method: type[Method]) -> dict[str, Any]:
+    return {field.name: None if field.default is MISSING else field.default for field in fields(cast(Any, method))}
+
+
+def _plan(method: str | None, recipe: Path | None, settings: dict[str, str]) -> Plan:
     if (method is None) == (recipe is None):
         raise InputError("compress needs a method or a recipe, and not both: -m gptq, or --recipe FILE.toml, would be right")
     if recipe is not None:

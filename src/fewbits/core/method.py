@@ -23,12 +23,17 @@ class Paper:
 class Accumulator(ABC):
     """A statistic of the inputs of one linear layer, gathered batch by batch; constructed with the number of features."""
 
+    by_sequence: ClassVar[bool] = False  # whether it must know where a sequence ends
+
     def __init__(self, features: int) -> None:
         self.features = features
 
     @abstractmethod
     def update(self, inputs: Tensor, weights: Tensor | None = None) -> None:
-        """Add token vectors `inputs [tokens, features]`, each counted `weights [tokens]` times (default 1)."""
+        """Add token vectors `inputs [tokens, features]`, each counted `weights [tokens]` times (default 1).
+
+        One that is told `by_sequence` may get `[sequences, tokens, features]` as well, and weights of the leading sizes.
+        """
 
     @abstractmethod
     def merge(self, other: Self) -> None:
@@ -92,6 +97,7 @@ class Method:
     paper: ClassVar[Paper]
     baseline: ClassVar[str | None] = None  # the method that this one must beat at equal bits
     needs: ClassVar[tuple[type[Accumulator], ...]] = ()
+    inputs: ClassVar[Literal["propagated", "original"]] = "propagated"  # what its statistics see, where a run does not say
 
     @classmethod
     def name(cls) -> str:
@@ -132,6 +138,19 @@ class Profile:
     windows: int = 8
 
 
+@dataclass(frozen=True)
+class Stacking:
+    """How the terms of all layers are ranked once the last block is stored, so that any number of them can be loaded.
+
+    Every layer keeps its first term. "average": of the layers with as many terms, the one whose next term lowers perplexity on
+    the first `windows` of the calibration text most comes first; "random": drawn by `seed` (BitStack, section 3.3).
+    """
+
+    order: Literal["average", "random"] = "average"
+    windows: int = 8
+    seed: int = 0
+
+
 class LayerMethod(GradientMethod, ABC):
     """Compresses one weight matrix at a time from statistics of its inputs; a pure function of tensors."""
 
@@ -162,6 +181,10 @@ class LayerMethod(GradientMethod, ABC):
         layer's `choice` in `compress`; nothing by default, and then `layers` is not read.
         """
         return {}
+
+    def stacking(self) -> Stacking | None:
+        """How the layers' terms are ranked (pipeline/stack.py) where any prefix of them is a tensor, or None."""
+        return None
 
     def profiling(self) -> Profile | None:
         """What is measured before `plan` (pipeline/profile.py), where it comes as each layer's sensitivity; None: nothing."""

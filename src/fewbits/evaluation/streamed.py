@@ -21,13 +21,21 @@ from fewbits.pipeline.feed import finite
 class StreamedModel(nn.Module):
     """Called with the batches of `windows` in their order, gives the logits that the whole model would give.
 
-    All windows go through one block, then through the next; only the last block's outputs are kept. Raises InputError for a
-    model that predicts no tokens, or a call with other tokens.
+    All windows go through one block, then through the next; only the last block's outputs are kept. `memory` gives the size of a
+    stack, as in `read_layers`. Raises InputError for a model that predicts no tokens, or a call with other tokens.
     """
 
     capture: Capture
 
-    def __init__(self, model: str | Path, windows: Tensor, *, batch_size: int = 4, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        windows: Tensor,
+        *,
+        batch_size: int = 4,
+        dtype: torch.dtype = torch.float32,
+        memory: int | str | None = None,
+    ) -> None:
         super().__init__()
         source = open_model(model)
         if source.is_encoder:
@@ -43,7 +51,7 @@ class StreamedModel(nn.Module):
             for name in blocks:
                 block = capture.hollow[name]
                 if is_checkpoint(source.path):
-                    for layer, stored in read_layers(source.path, name):
+                    for layer, stored in read_layers(source.path, name, memory):
                         inner = layer.removeprefix(f"{name}.")
                         bias = cast("Tensor | None", block.get_submodule(inner).bias)
                         block.set_submodule(inner, CompressedLinear(stored, bias))

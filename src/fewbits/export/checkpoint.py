@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fewbits.core.errors import FewbitsError, InputError
+from fewbits.export.stack import Stack, describe_stack, memory_in_bytes, shortened
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.source import ModelSource, open_model
 
@@ -36,6 +37,7 @@ def write_checkpoint(
     describe: Callable[[Path], tuple[Mapping[str, Any], str]],
     *,
     replaced: Mapping[str, Tensor] | None = None,
+    order: Sequence[str] | None = None,
     shard_bytes: int = 2 * 10**9,
 ) -> Mapping[str, Any]:
     """Write the folder beside `output` and rename it when it is complete and reads back bit for bit.
@@ -43,7 +45,8 @@ def write_checkpoint(
     Holds the source's configuration with a `quantization_config` that describes every compressed layer, its tokenizer, the
     tensors in safetensors shards of at most `shard_bytes` (a single larger tensor excepted) under the names of the model's
     state dict, the record and the model card. `describe` makes those two from the folder as written, whose model can be
-    loaded; the record is returned. `replaced` are new values of dense parameters. No more than a shard is in memory.
+    loaded; the record is returned. `replaced` are new values of dense parameters. With an `order` of the layers' terms
+    (pipeline/stack.py) the folder is a stack. No more than a shard is in memory.
     Raises InputError where `output` is taken or the disk is full.
     """
     check_output(output)
@@ -51,7 +54,7 @@ def write_checkpoint(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(partial, source, layers, replaced or {}, shard_bytes)
+        _write(partial, source, layers, replaced or {}, order, shard_bytes)
         _audit(partial, layers)
         record, card = describe(partial)
         (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -67,7 +70,9 @@ def write_checkpoint(
     return record
 
 
-def _write(folder: Path, source: ModelSource, layers: Layers, replaced: Mapping[str, Tensor], shard_bytes: int) -> None:
+def _write(
+    folder: Path, source: ModelSource, layers: Layers, replaced: Mapping[str, Tensor], order: Sequence[str] | None, shard_bytes: int
+) -> None:
     for file in source.path.iterdir():
         if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.startswith(("model.", "training", "fewbits")):
             shutil.copyfile(file, folder / file.name)
@@ -85,17 +90,19 @@ def _write(folder: Path, source: ModelSource, layers: Layers, replaced: Mapping[
             if name.removesuffix(".weight") not in settings:
                 yield name, replaced[name] if name in replaced else source.parameter(name)
 
-    _write_shards(folder, tensors(), shard_bytes)
+    sizes = _write_shards(folder, tensors(), shard_bytes)
     config = json.loads((folder / CONFIG).read_text())
     config["quantization_config"] = {"quant_method": "fewbits", "format": FORMAT, "layers": settings}
+    if order is not None:
+        config["quantization_config"]["stack"] = describe_stack(order, sizes)
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """model.safetensors, or numbered shards and their index, as transformers names them."""
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> dict[str, int]:
+    """model.safetensors, or numbered shards and their index, as transformers names them; the bytes of every tensor."""
     shards: list[list[str]] = []
     held: dict[str, Tensor] = {}
-    total = 0
+    sizes: dict[str, int] = {}
 
     def flush() -> None:
         save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
@@ -106,7 +113,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
             flush()
         held[name] = tensor.detach().clone().contiguous()
-        total += tensor.nbytes
+        sizes[name] = tensor.nbytes
     flush()
     names = (
         [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
@@ -115,8 +122,9 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         (folder / f"shard-{index}").rename(folder / name)
     if len(shards) > 1:
         weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+        index_text = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=1)
         (folder / "model.safetensors.index.json").write_text(index_text + "\n")
+    return sizes
 
 
 def _audit(folder: Path, layers: Layers) -> None:
@@ -137,31 +145,47 @@ def read_record(path: Path) -> dict[str, Any]:
     return _json(path / RECORD)
 
 
-def read_layers(path: Path, inside: str = "") -> Iterator[tuple[str, StoredLinear]]:
-    """The compressed linears of a checkpoint, or those of the module `inside`, one at a time.
-
-    Raises InputError where a file is damaged or of another version.
-    """
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of every compressed layer by its full name. Raises InputError where they are of another version."""
     described = _json(path / CONFIG).get("quantization_config", {})
     if described.get("quant_method") != "fewbits" or described.get("format") != FORMAT:
         raise InputError(
             f"{path} is of format {described.get('format')!r}; this version reads format {FORMAT} as written by fewbits compress"
         )
+    return cast(dict[str, Any], described["layers"])
+
+
+def read_stack(path: Path) -> Stack:
+    """In which order the terms are loaded. Raises InputError where the folder's terms have none."""
+    found = _json(path / CONFIG).get("quantization_config", {}).get("stack")
+    if found is None:
+        raise InputError(f"{path} is no stack, so it has one size; a folder compressed with a method such as bitstack would be right")
+    return Stack(tuple(found["order"]), tuple(found["bytes"]))
+
+
+def read_layers(path: Path, inside: str = "", memory: int | str | None = None) -> Iterator[tuple[str, StoredLinear]]:
+    """The compressed linears of a checkpoint, or those of the module `inside`, one at a time.
+
+    Of a stack, `memory` in bytes or as text ("120MB") gives what fits in it, and no more is read. Raises InputError where a
+    file is damaged or of another version, or a size is asked for that the folder does not have.
+    """
+    settings = read_settings(path)
+    counts = {} if memory is None else read_stack(path).counts(memory_in_bytes(memory))
     source = open_model(path)
-    for layer, settings in described["layers"].items():
+    for layer, described in settings.items():
         if inside and not layer.startswith(f"{inside}."):
             continue
-        module = CompressedLinear.empty(settings)
+        module = CompressedLinear.empty(shortened(described, counts.get(layer)))
         for name in module.state_dict():
             setattr(module, name, source.tensor(f"{layer}.{name}"))
         yield layer, module.stored
 
 
-def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model with its compressed layers in place, in eval mode; dense parameters in `dtype`."""
+def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32, memory: int | str | None = None) -> PreTrainedModel:
+    """The model with its compressed layers in place, in eval mode; dense parameters in `dtype`; `memory` as in `read_layers`."""
     source = open_model(path)
     shell = source.shell()
-    for name, stored in read_layers(path):
+    for name, stored in read_layers(path, memory=memory):
         bias = cast(Tensor | None, shell.get_submodule(name).bias)
         shell.set_submodule(name, CompressedLinear(stored, bias))
     source.load_module(shell, "", dtype)

@@ -23,7 +23,7 @@ Progress = Callable[[int, int, str, float, float], None]  # block, blocks, what 
 class StreamOptions:
     """How a run goes; only `inputs`, `dtype` and `fold` change its result."""
 
-    inputs: Literal["propagated", "original"] = "propagated"  # what a block's statistics see: compressed or dense predecessors
+    inputs: Literal["propagated", "original"] | None = None  # what statistics see: compressed or dense predecessors; None: ask the method
     dtype: torch.dtype = torch.float32
     batch_size: int = 4  # sequences that run through a block together
     activations_on_disk: bool = False
@@ -31,7 +31,7 @@ class StreamOptions:
     progress: Progress | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.inputs not in ("propagated", "original"):
+        if self.inputs not in (None, "propagated", "original"):
             raise InputError(f"inputs={self.inputs!r} is not known; 'propagated' or 'original' would be right")
 
 

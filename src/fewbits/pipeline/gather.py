@@ -76,7 +76,10 @@ class SharedInputs:
         statistics = self._statistics[name]
         statistics.tokens += len(tokens) if weights is None else int(weights.sum())
         for accumulator in statistics:
-            accumulator.update(tokens, weights)
+            if accumulator.by_sequence and inputs.ndim == 3:
+                accumulator.update(inputs, None if weights is None else weights.view(inputs.shape[:2]))
+            else:
+                accumulator.update(tokens, weights)
 
     def _empty(self, name: str) -> Statistics:
         return Statistics(*(need(weight_matrix(self.linears[name]).shape[1]) for need in self.needs))

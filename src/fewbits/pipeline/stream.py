@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.profile import RISES, keep_profile
 from fewbits.pipeline.reconstruct import reconstruct_blocks
 from fewbits.pipeline.restore import restored
+from fewbits.pipeline.stack import order_terms, stacking_of
 from fewbits.pipeline.store import Store
 from fewbits.pipeline.tune import tune_blocks
 
@@ -42,6 +43,7 @@ class StreamSummary:
     store: Store
     blocks: int
     kept: Mapping[str, str]  # full name of every matrix that stays dense, with the reason
+    order: tuple[str, ...] | None = None  # of the layers' terms after the first, where the method ranks them (pipeline/stack.py)
 
     def layers(self) -> Iterator[tuple[str, StoredLinear]]:
         """Every compressed linear by its full name, read one at a time."""
@@ -91,6 +93,8 @@ def compress_model(
     results are not finite.
     """
     options = options or StreamOptions()
+    options = replace(options, inputs=options.inputs or plan.method.inputs)
+    stacking, stacked = stacking_of(source, plan)
     tuning = _tuning_method(plan)
     shell = source.shell()
     kept = Adapter(shell).kept | _kept_by_plan(Adapter(shell), plan)
@@ -104,7 +108,8 @@ def compress_model(
             blocks = len(feed.blocks)
             if tuning is not None:
                 tune_blocks(source, tuning, store, blocks, (windows, mask), options.progress)
-    return StreamSummary(store, blocks, kept)
+        order = None if stacking is None else order_terms(source, stacking, stacked, store, (windows, mask), options)
+    return StreamSummary(store, blocks, kept, order)
 
 
 def _compress_by_blocks(
