@@ -1,3 +1,4 @@
+import functools
 import runpy
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from fewbits.core.registry import get_method, list_methods
 from fewbits.export import checkpoint
 from fewbits.methods.weights.gptq import Gptq
 from fewbits.methods.weights.rtn import Rtn
+from fewbits.pipeline.stream import StreamOptions
 from fewbits.statistics.hessian import Hessian
 
 MODEL = "builtin:tiny-lm"
@@ -36,6 +38,11 @@ def test_the_folder_is_smaller_and_holds_what_was_counted(compressed):
     card, probe = (output / "README.md").read_text(), record["results"]["probe"]
     assert card.count("bits per weight") == 1 and f"KL divergence {probe['kl_mean']:.4f} nats" in card
     assert record["results"]["bits_per_weight"] == pytest.approx(4 + 20 / 64, abs=1e-3)
+    size, results = (output / "model.safetensors").stat().st_size, record["results"]
+    parameters = 4096 * 256 + 17 * 256 + results["compressed_weights"]
+    assert results["file_bytes"] == size and results["parameters"] == parameters
+    assert results["file_bits_per_weight"] == pytest.approx(8 * size / parameters) and results["dense_file_bytes"] > 2 * parameters
+    assert (output / "generation_config.json").is_file() and (output / "tokenizer.json").is_file()
     assert not output.with_name("rtn.work").exists() and not output.with_name("rtn.partial").exists()
 
 
@@ -75,6 +82,52 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(compressed
             tmp_path / "new", fewbits.api.open_model(MODEL), lambda: checkpoint.read_layers(output), lambda folder: ({}, "")
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_while_saving_loses_no_finished_block(tmp_path, monkeypatch):
+    full, seen = True, []
+    save = checkpoint.save_file
+
+    def save_file(*given, **named):
+        if full:
+            raise OSError(28, "No space left on device")
+        save(*given, **named)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    options = StreamOptions(progress=lambda block, *_: seen.append(block))
+    with pytest.raises(InputError, match="disk is full"):
+        fewbits.compress(MODEL, Rtn(), tmp_path / "out", calibration=SMALL, options=options, probe=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.work"] and set(seen) == set(range(8))
+    full = False
+    seen.clear()
+    fewbits.compress(MODEL, Rtn(), tmp_path / "out", calibration=SMALL, options=options, probe=None)
+    assert not seen and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_reads_back_otherwise_than_it_was_written_does_not_count(compressed, tmp_path, monkeypatch):
+    save = checkpoint.save_file
+
+    def one_bit_wrong(tensors, path, **named):
+        name = next(name for name in tensors if name.endswith("scales"))
+        save(tensors | {name: tensors[name].view(torch.int16).bitwise_xor(1).view(torch.float16)}, path, **named)
+
+    monkeypatch.setattr(checkpoint, "save_file", one_bit_wrong)
+    layers = functools.partial(checkpoint.read_layers, compressed[0])
+    with pytest.raises(fewbits.FewbitsError, match=r"model\.layers\.0\..*scales.*does not read back"):
+        checkpoint.write_checkpoint(tmp_path / "new", fewbits.api.open_model(MODEL), layers, lambda folder: ({}, ""))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_stopped_run_had_finished_is_recognized(compressed, tmp_path):
+    """Killed after the folder was renamed: the same command only tidies up; another one is refused."""
+    output, work = tmp_path / "out", tmp_path / "out.work"
+    shutil.copytree(compressed[0], output)
+    work.mkdir()
+    with pytest.raises(InputError, match="is not empty"):
+        fewbits.compress(MODEL, Rtn(bits=3, group_size=64), output, calibration=SMALL)
+    assert work.exists()
+    assert fewbits.compress(MODEL, Rtn(bits=4, group_size=64), output, calibration=SMALL) == checkpoint.read_record(output)
+    assert not work.exists()
 
 
 def test_a_damaged_folder_is_named(compressed, tmp_path):

@@ -212,6 +212,23 @@ def test_padding_counts_for_nothing(made, tmp_path):
     assert errors[1] == pytest.approx(errors[0], rel=1e-2) and errors[2] != pytest.approx(errors[0], rel=1e-2)
 
 
+def test_an_expert_that_saw_no_token_is_rounded_to_nearest_and_named(tmp_path):
+    model = moe()
+    with torch.no_grad():
+        router = model.model.layers[0].mlp.gate
+        router.weight.zero_()  # every token goes to the first two experts
+    model.save_pretrained(tmp_path / "model")
+    source = open_model(tmp_path / "model")
+    summary = compress_model(source, PLAN, WINDOWS, tmp_path / "work")
+    silent = {f"model.layers.0.mlp.experts.{part}.{expert}" for part in ("gate_up_proj", "down_proj") for expert in range(4)}
+    silent = {name for name in silent if not summary.record()["layers"][name]["tokens"]}
+    assert len(silent) == 4 and silent <= set(summary.record()["silent"])
+    for name, stored in summary.layers():
+        if name in silent:
+            plain = Rtn(bits=3, group_size=16).compress(source.parameter(f"{name}.weight").float(), Statistics())
+            assert torch.equal(stored.weight.decode(), plain.decode())
+
+
 def test_a_mask_that_does_not_fit_is_named(folder, tmp_path):
     with pytest.raises(InputError, match="a mask"):
         compress_model(open_model(folder), PLAN, WINDOWS, tmp_path, mask=torch.zeros(WINDOWS.shape, dtype=torch.bool))
