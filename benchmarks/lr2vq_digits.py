@@ -12,6 +12,8 @@ import copy
 import json
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -24,22 +26,18 @@ from fewbits.pipeline.stages import train_stages
 from fewbits.pipeline.train import Schedule, train
 
 WIDTH, NOISE, STEPS = 16, 0.4, 400
-BASE = {"share": 0.25, "kernels": 2, "entries": 8, "least": 2000, "pretrain_steps": STEPS, "finetune_steps": STEPS, "norm_steps": 12}
-BASE["rate"] = 5e-3
-PLAIN = {"share": 1.0, "train_decoder": False}
+BASE = {"share": 4 / 18, "kernels": 2, "entries": 8, "least": 2000, "rate": 5e-3}  # m = 18: three bits for 18 weights
+BASE |= {"pretrain_steps": 3 * STEPS, "finetune_steps": STEPS, "norm_steps": 12}
 ROWS = {
-    "plain VQ": PLAIN,
+    "plain VQ": {"share": 1.0, "train_decoder": False},
     "plain VQ, decoder trained": {"share": 1.0},
-    "d = 18": {"share": 0.5},
-    "d = 9": {"share": 0.25},
-    "d = 4": {"share": 4 / 36},
-    "d = 2": {"share": 2 / 36},
-    "d chosen": {"share": None},
-    "d = 9, no low-rank training": {"pretrain_steps": 0, "finetune_steps": 2 * STEPS},
-    "d = 9, frozen decoder": {"train_decoder": False},
-    "d = 9, random codebook": {"codebook": "random"},
-    "d = 9, soft codes": {"assignments": "soft"},
-    "d = 9, factored": {"storage": "factored"},
+    "d = 9": {"share": 9 / 18},
+    "d = 4": {},
+    "d = 2": {"share": 2 / 18},
+    "d = 4, no low-rank training": {"pretrain_steps": 0, "finetune_steps": 4 * STEPS},
+    "d = 4, decoder frozen": {"train_decoder": False},
+    "d = 4, random codebook": {"codebook": "random"},
+    "d = 4, soft codes": {"assignments": "soft"},
 }
 
 
@@ -101,38 +99,49 @@ def compressed(dense: nn.Module, data: tuple[Tensor, Tensor], seed: int = 0, **f
     return train_stages(copy.deepcopy(dense), Lr2vq(**{**BASE, "seed": seed, **fields}), Batches(data), seed=seed)
 
 
+def measure(name: str, seed: int, dense: nn.Module) -> dict:
+    """One run of a row: what the network loses, and what is stored of it."""
+    torch.set_num_threads(1)
+    (training, test), began = digits(), time.perf_counter()
+    weights = sum(parameter.numel() for parameter in dense.parameters() if parameter.ndim > 1)
+    made, record = (dense, []) if name == "dense" else compressed(dense, training, seed, **ROWS[name])
+    right, loss = accuracy(made, test)
+    said = {key: value for stage in record for key, value in stage["notes"].items()}
+    trained_loss = next((stage["last_loss"] for stage in record if stage["stage"] == "low rank" and stage["steps"]), 0.0)
+    row = {"seed": seed, "accuracy": right, "loss": loss, "bits": whole_bits(made) / weights, "seconds": time.perf_counter() - began}
+    row |= {"cluster_error": statistics.mean(said.get("cluster_error", {"none": 0.0}).values()), "low_rank_training_loss": trained_loss}
+    return row | {"layers": said.get("layers", {}), "cluster_errors": said.get("cluster_error", {})}
+
+
+def summary(name: str, runs: list[dict]) -> dict:
+    """Means, and standard deviations between seeds."""
+    mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0] if isinstance(runs[0][key], float)}
+    spread = {key: statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0 for key in ("accuracy", "loss")}
+    row = {"method": name, "accuracy": mean["accuracy"], "accuracy_deviation": spread["accuracy"], "loss": mean["loss"]}
+    row |= {"loss_deviation": spread["loss"], "low_rank_training_loss": mean["low_rank_training_loss"]}
+    row |= {"cluster_error": mean["cluster_error"], "whole_model_bits_per_weight": mean["bits"], "seconds": mean["seconds"]}
+    return row | {"runs": runs}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, nargs="?", default=Path("results/weights/lr2vq.json"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    training, test = digits()
-    found: dict[str, list[dict]] = {name: [] for name in ("dense", *ROWS)}
-    for seed in range(arguments.seeds):
-        dense = trained(training, seed=seed)
-        right, loss = accuracy(dense, test)
-        weights = sum(parameter.numel() for parameter in dense.parameters() if parameter.ndim > 1)
-        found["dense"].append({"accuracy": right, "loss": loss, "cluster_error": 0.0, "bits": whole_bits(dense) / weights, "seconds": 0.0})
-        for name, fields in ROWS.items():
-            began = time.perf_counter()
-            made, record = compressed(dense, training, seed, **fields)
-            right, loss = accuracy(made, test)
-            errors = next(stage["notes"]["cluster_error"] for stage in record if "cluster_error" in stage["notes"])
-            row = {"accuracy": right, "loss": loss, "cluster_error": statistics.mean(errors.values())}
-            found[name].append(row | {"bits": whole_bits(made) / weights, "seconds": time.perf_counter() - began})
-            found[name][-1]["layers"] = record[0]["notes"]["layers"]
-            print(seed, name, found[name][-1], flush=True)
-    rows = []
-    for name, runs in found.items():
-        mean = {key: statistics.mean(run[key] for run in runs) for key in ("accuracy", "loss", "cluster_error", "bits", "seconds")}
-        spread = {f"{key}_deviation": statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0 for key in ("accuracy", "loss")}
-        rows.append({"method": name, "accuracy": mean["accuracy"], "accuracy_deviation": spread["accuracy_deviation"]})
-        rows[-1] |= {"loss": mean["loss"], "loss_deviation": spread["loss_deviation"], "cluster_error": mean["cluster_error"]}
-        rows[-1] |= {"whole_model_bits_per_weight": mean["bits"], "seconds": mean["seconds"], "runs": runs}
-    result = {"test_images": len(test[1]), "seeds": arguments.seeds, "base": BASE, "torch": torch.__version__, "rows": rows}
+    runs: dict[str, list[dict]] = {name: [] for name in ("dense", *ROWS)}
     arguments.result.parent.mkdir(parents=True, exist_ok=True)
-    arguments.result.write_text(json.dumps(result, indent=1) + "\n")
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+        for seed in range(arguments.seeds):
+            dense = trained(digits()[0], seed=seed)
+            waiting = {name: pool.submit(measure, name, seed, dense) for name in runs}
+            for name, one in waiting.items():
+                runs[name].append(one.result())
+                print(seed, name, {key: value for key, value in runs[name][-1].items() if isinstance(value, float)}, flush=True)
+            rows = [summary(name, found) for name, found in runs.items()]
+            result = {"test_images": 2500, "seeds": seed + 1, "base": BASE, "torch": torch.__version__, "rows": rows}
+            arguments.result.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

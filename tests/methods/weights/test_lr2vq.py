@@ -256,3 +256,36 @@ def test_a_model_without_large_layers_is_refused():
 def bench():
     pytest.importorskip("sklearn", reason="scikit-learn is not there")
     return runpy.run_path(str(ROOT / "benchmarks" / "lr2vq_digits.py"))
+
+
+@pytest.fixture(scope="module")
+def lost(bench):
+    """The test loss of a row of the benchmark, from one trained network; every row takes the same steps."""
+    training, test = bench["digits"]()
+    dense, known = bench["trained"](training), {}
+
+    def measured(name):
+        if name not in known:
+            made, _ = bench["compressed"](dense, training, **bench["ROWS"][name])
+            known[name] = bench["accuracy"](made, test)[1], whole_bits(made)
+        return known[name]
+
+    return measured
+
+
+@pytest.mark.slow
+def test_clustering_in_fewer_dimensions_beats_plain_vector_quantization_at_equal_size(lost):
+    (plain, bits), (short, same) = lost("plain VQ"), lost("d = 4")
+    assert short < 0.96 * plain and same == bits
+
+
+@pytest.mark.slow
+def test_the_best_dimension_is_an_inner_one(lost):
+    wide, best, narrow = (lost(name)[0] for name in ("d = 9", "d = 4", "d = 2"))
+    assert best < 0.98 * wide and best < 0.98 * narrow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("without", ["no low-rank training", "random codebook"])
+def test_without_low_rank_training_or_clustering_it_is_worse(lost, without):
+    assert lost("d = 4")[0] < 0.97 * lost(f"d = 4, {without}")[0]
