@@ -1,6 +1,6 @@
 """Cache methods on the built-in language model, read as a generation would: a prompt, then token by token.
 
-    python benchmarks/caches_on_tiny_lm.py [NAME ...] [--windows 16] [--length 512] [--prompt 256]
+    python benchmarks/caches_on_tiny_lm.py [NAME ...] [--windows 8] [--length 512] [--prompt 384]
 
 Writes results/kvcache/<method>.json: bits per element of the sealed keys and values, counted from what is stored, perplexity and
 KL of the tokens behind the prompt against the dense cache, KL by position, and the whole cache's bits with the exact tokens.
@@ -20,8 +20,12 @@ from fewbits.evaluation.fidelity import summarize
 from fewbits.models.source import open_model
 
 MODEL = "builtin:tiny-lm"
+GEAR_PARTS = [{}, {"outliers": 0.0}, {"rank": 0, "prompt_rank": 0}, {"rank": 0, "prompt_rank": 0, "outliers": 0.0}, {"rank": 0}]
 SETTINGS = {
-    "kivi": [{"bits": bits, "group_size": size, "residual": 32} for bits in (4, 3, 2, 1) for size in (8, 16, 32)],
+    "kivi": [{"bits": bits, "group_size": size, "residual": 32} for bits in (4, 3, 2, 1) for size in (8, 32)],
+    "rotated": [{"bits": bits, "group_size": size, "residual": 32} for bits in (4, 3, 2) for size in (32, 128)]
+    + [{"bits": 2, "group_size": 32, "residual": 32, "rotate": False}],
+    "gear": [{"group_size": 32, "buffer": 32, **parts} for parts in GEAR_PARTS] + [{}, {"layout": "kcvt", "rank": 0}, {"bits": 3}],
 }
 KEPT = (
     "perplexity",
@@ -55,7 +59,7 @@ def measure(model, windows, name: str, settings: dict, prompt: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(SETTINGS))
-    for name, default in (("windows", 16), ("length", 512), ("prompt", 256)):
+    for name, default in (("windows", 8), ("length", 512), ("prompt", 384)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     sizes = {name: getattr(arguments, name) for name in ("windows", "length", "prompt")}

@@ -55,4 +55,7 @@ def test_what_differs_is_not_joined():
     assert Dense(torch.ones(1, 2)).stacked(Dense(torch.ones(1, 2).half())) is None
     moved = CompressedTensor((one,), (Permutation.from_order(torch.arange(8)),))
     assert CompressedTensor((one,)).stacked(moved) is None
+    other = CompressedTensor((one,), (Permutation.from_order(torch.arange(8).flip(0)),))
+    assert moved.stacked(other) is None
+    assert torch.equal(other.stacked(other).decode(), torch.cat([other.decode(), other.decode()]))
     assert CompressedTensor((one,)).stacked(CompressedTensor((one, one))) is None

@@ -41,6 +41,7 @@ class CacheMethod(Method, ABC):
 
     rotated_keys: ClassVar[bool] = True  # False: keys are sealed as they were before their rotary embedding
     uses_salience: ClassVar[bool] = False  # whether `CacheRun.salience` is to be measured
+    probe_share: float = 0.1  # of the queries, which salience is measured with
     calibrated: ClassVar[bool] = False  # whether it reads tables that are made for one model beforehand
 
     @abstractmethod

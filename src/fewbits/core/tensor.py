@@ -197,17 +197,26 @@ class CompressedTensor(Part, kind="compressed_tensor"):
 
     def stacked(self, below: CompressedTensor) -> CompressedTensor | None:
         """One tensor with the rows of `below` under these, where every stored number can stay as it is; else None."""
-        if self.input_transforms or self.output_transforms or below.input_transforms or below.output_transforms:
+        if self.output_transforms or below.output_transforms or not _same(self.input_transforms, below.input_transforms):
             return None
         if len(self.terms) != len(below.terms):
             return None
         joined = [term.stacked(other) for term, other in zip(self.terms, below.terms, strict=True)]
-        return None if any(term is None for term in joined) else CompressedTensor(tuple(term for term in joined if term is not None))
+        terms = tuple(term for term in joined if term is not None)
+        return CompressedTensor(terms, self.input_transforms) if len(terms) == len(joined) else None
 
     def bits_per_weight(self) -> float:
         """All stored bits over rows x columns."""
         rows, columns = self.shape
         return sum(self.bits().values()) / (rows * columns)
+
+
+def _same(ours: tuple[Part, ...], theirs: tuple[Part, ...]) -> bool:
+    """Whether both say and store the same."""
+    if [one.settings() for one in ours] != [one.settings() for one in theirs]:
+        return False
+    pairs = zip(ours, theirs, strict=True)
+    return all(torch.equal(tensor, two.tensors()[name]) for one, two in pairs for name, tensor in one.tensors().items())
 
 
 def _sum(values: Iterable[Tensor]) -> Tensor:

@@ -1,5 +1,7 @@
 """Dense packing of small unsigned integers: a little-endian bit stream for each row, so that rows can be read alone."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,15 +48,31 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
         raise InputError(f"rows of {width} bytes cannot hold {columns} codes of {bits} bits; {packed_width(columns, bits)} would")
     if bits == 8:
         return packed
-    starts = torch.arange(columns, device=packed.device) * bits
     if bits > 8:  # a code spans at most four neighbouring bytes
+        starts = torch.arange(columns, device=packed.device) * bits
         wide = torch.nn.functional.pad(packed, (0, 3)).long()
         words = sum((wide[:, starts // 8 + byte] << (8 * byte) for byte in range(1, 4)), wide[:, starts // 8])
         return ((words >> (starts % 8)) & (2**bits - 1)).to(torch.int32)
-    # A code spans at most two neighbouring bytes: gather both as one 16-bit word and shift it out.
-    words = torch.nn.functional.pad(packed, (0, 1)).to(torch.int16)
-    low, high = words[:, starts // 8], words[:, starts // 8 + 1]
-    return ((((high << 8) | low) >> (starts % 8).to(torch.int16)) & (2**bits - 1)).to(torch.uint8)
+    step = max(1, _CHUNK // max(1, columns))
+    return (
+        torch.cat([_unpack_rows(part, bits, columns) for part in packed.split(step)])
+        if len(packed) > step
+        else _unpack_rows(packed, bits, columns)
+    )
+
+
+def _unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Bytes and codes meet again after `count` codes, such as 8 codes of 3 bits: each such run is one number, shifted out."""
+    shared = math.gcd(bits, 8)
+    taken, count = bits // shared, 8 // shared
+    rows, width = packed.shape
+    runs = torch.nn.functional.pad(packed, (0, -width % taken)).view(rows, -(-width // taken), taken)
+    words = runs[..., 0] if taken == 1 else runs[..., 0].to(torch.int32 if taken <= 3 else torch.int64)
+    for byte in range(1, taken):
+        words = words | (runs[..., byte].to(words.dtype) << (8 * byte))
+    shifts = torch.arange(count, device=packed.device, dtype=words.dtype) * bits
+    codes = (words[..., None] >> shifts) & (2**bits - 1)
+    return codes.flatten(1)[:, :columns].to(torch.uint8)
 
 
 def _check_width(bits: int) -> None:

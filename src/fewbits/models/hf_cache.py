@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from fewbits.core.cache_method import CacheMethod, CacheRun, Side
 from fewbits.core.errors import InputError, NumericsError
 from fewbits.core.tensor import CompressedTensor
+from fewbits.models.attention_probe import watch_attention
 from fewbits.models.rotary import Rotary
 
 Tables = Mapping[int, Mapping[str, Tensor]]  # calibrated tensors by layer
@@ -83,6 +84,16 @@ class _SideState:
             self.sealed = [list(self.sealed[row]) for row in rows.tolist()]
 
 
+def _decode_together(runs: Sequence[CompressedTensor]) -> Tensor:
+    """`[batch, tokens, channels]` of equally long runs: one call for all where they join, as a call costs more than a copy of codes."""
+    joined: CompressedTensor | None = runs[0]
+    for run in runs[1:]:
+        joined = None if joined is None else joined.stacked(run)
+    if joined is None:
+        return torch.stack([run.decode() for run in runs])
+    return joined.decode().view(len(runs), -1, joined.shape[1])
+
+
 class CompressedLayer(CacheLayerMixin):
     """One decoder layer's keys and values. Raises NumericsError where a sealed run is not finite.
 
@@ -101,7 +112,7 @@ class CompressedLayer(CacheLayerMixin):
         super().__init__()
         self.method, self.index, self.sequences, self.tables = method, index, sequences, dict(tables)
         self.rotary, self.chunked = rotary, chunked
-        self.salience: Tensor | None = None  # [batch, heads, tokens] of the exact keys, measured from outside
+        self.probe_share = method.probe_share
         self._empty()
 
     def _empty(self) -> None:
@@ -109,6 +120,24 @@ class CompressedLayer(CacheLayerMixin):
         self.settled: list[dict[str, Tensor]] = []
         self.in_prompt = True
         self.is_initialized = False
+        self._attention: tuple[Tensor, Tensor] | None = None  # to the exact keys: sums [batch, heads, tokens], probes [batch, tokens]
+        self.returned: Callable[[], Tensor | None] = lambda: None
+
+    def attended(self, sums: Tensor, counts: Tensor) -> None:
+        """What models/attention_probe.py saw of the keys that were returned last."""
+        waiting = cast(Tensor, self.sides["keys"].exact).shape[2]
+        sums, counts = sums[:, :, -waiting:], counts[:, -waiting:]
+        if self._attention is not None:
+            before = self._attention[0].shape[2]
+            sums, counts = sums.clone(), counts.clone()
+            sums[:, :, :before] += self._attention[0]
+            counts[:, :before] += self._attention[1]
+        self._attention = sums, counts
+
+    @property
+    def salience(self) -> Tensor | None:
+        """`[batch, heads, tokens]` of the exact keys: their attention over how many probe queries saw them."""
+        return None if self._attention is None else self._attention[0] / self._attention[1].clamp(min=1)[:, None]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.heads, self.head_dim = key_states.dtype, key_states.shape[1], key_states.shape[3]
@@ -123,6 +152,8 @@ class CompressedLayer(CacheLayerMixin):
         for state, new in zip(self.sides.values(), (key_states, value_states), strict=True):
             state.append(new)
         found = self.read("keys"), self.read("values")
+        if self.method.uses_salience:
+            self.returned = weakref.ref(found[0])
         if not self.in_prompt and not self.method.uses_salience:
             self.seal()
         return found
@@ -134,14 +165,18 @@ class CompressedLayer(CacheLayerMixin):
 
     def seal(self) -> None:
         """Ask the method what is due, and write it."""
+        salience, sealed = self.salience, 0
         for state in self.sides.values():
             if state.exact is None:
                 continue
             due = self.method.due(state.exact.shape[2], state.side, self.in_prompt)
             if due:
-                self._seal_run(state, due)
+                self._seal_run(state, due, salience)
+                sealed = due if state.side == "keys" else sealed
+        if self._attention is not None and sealed:
+            self._attention = self._attention[0][:, :, sealed:], self._attention[1][:, sealed:]
 
-    def _seal_run(self, state: _SideState, count: int) -> None:
+    def _seal_run(self, state: _SideState, count: int, attended: Tensor | None) -> None:
         start, runs = state.sealed_tokens, []
         exact = cast(Tensor, state.exact)
         if not self.settled:
@@ -149,7 +184,7 @@ class CompressedLayer(CacheLayerMixin):
         write = self.method.seal_keys if state.side == "keys" else self.method.seal_values
         for row in range(len(exact)):
             matrix = self._as_sealed(state.side, row, start, count)
-            salience = None if self.salience is None else self.salience[row, :, :count]
+            salience = None if attended is None else attended[row, :, :count]
             run = CacheRun(self.index, start, self.in_prompt, self.heads, salience, self.tables, self.settled[row])
             if not run.settled and state.side == "keys":
                 values = self._as_sealed("values", row, start, min(count, cast(Tensor, self.sides["values"].exact).shape[2]))
@@ -185,8 +220,8 @@ class CompressedLayer(CacheLayerMixin):
         count = state.sealed_tokens
         if not count:
             return exact
-        old = torch.stack([torch.cat([run.decode() for run in chain]) for chain in state.sealed])
-        old = old.view(len(old), count, self.heads, -1).transpose(1, 2)
+        runs = [_decode_together(batch) for batch in zip(*state.sealed, strict=True)]
+        old = torch.cat(runs, 1).view(len(exact), count, self.heads, -1).transpose(1, 2)
         if side == "keys" and self.rotary is not None:
             old = self.rotary.apply(old, self._positions(0, count))
         return torch.cat([old.to(self.dtype), exact], 2)
@@ -207,8 +242,8 @@ class CompressedLayer(CacheLayerMixin):
         """The batch is now made of these of its sequences."""
         for state in self.sides.values():
             state.choose(rows)
-        if self.salience is not None:
-            self.salience = self.salience[rows]
+        if self._attention is not None:
+            self._attention = self._attention[0][rows], self._attention[1][rows]
         self.settled = [self.settled[row] for row in rows.tolist()] if self.settled else []
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -234,6 +269,8 @@ class CompressedLayer(CacheLayerMixin):
             raise InputError(f"layer {self.index}: {count} tokens cannot be taken back, the last {kept} can; the others are sealed")
         for state in self.sides.values():
             state.exact = cast(Tensor, state.exact)[:, :, :-count].clone()
+        if self._attention is not None:
+            self._attention = self._attention[0][:, :, :-count], self._attention[1][:, :-count]
 
     def elements(self, sealed: bool) -> int:
         """How many numbers the keys and values of all sequences have, or those of their sealed tokens."""
@@ -268,6 +305,8 @@ class CompressedCache(Cache):
             raise InputError(f"{type(model).__name__} has no layer of full attention whose keys and values could be compressed")
         super().__init__(layers=layers)
         _watch(model)
+        if method.uses_salience:
+            watch_attention(model, self.compressed())
 
     def compressed(self) -> list[CompressedLayer]:
         """The layers that are written in few bits."""
