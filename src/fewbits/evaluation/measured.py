@@ -10,13 +10,15 @@ import fewbits.core
 
 _PACKAGE = Path(fewbits.core.__file__).parents[1]
 _FOLDERS = (_PACKAGE / "results", _PACKAGE.parents[1] / "results")  # as installed; in a checkout
+_FIELDS = {"settings", "bits_per_weight", "bits", "compressed_weights", "perplexity", "reference_perplexity"}
+_FIELDS |= {"delta_loss", "delta_loss_interval", "kl_mean", "top1_agreement"}
 
 
 def measured(family: str, name: str) -> list[dict[str, Any]]:
-    """The rows of a method's result file, each with its `settings`; none where nothing was measured."""
+    """The rows of a method's result file that measure compressed weights; none where nothing was measured."""
     for folder in _FOLDERS:
         path = folder / family / f"{name}.json"
         if path.is_file():
             rows = json.loads(path.read_text())["rows"]
-            return [row for row in rows if "bits_per_weight" in row and "perplexity" in row]
+            return [row for row in rows if _FIELDS <= row.keys()]
     return []
