@@ -22,12 +22,25 @@ SETTINGS = {
     "gptq": CURVE,
     "awq": GROUPS,
     "hqq": GROUPS,
-    "spqr": [{"bits": 4}, {"bits": 3}, {"bits": 3, "threshold": 0.7}, {"bits": 2, "threshold": 1.0}],
-    "squeezellm": [{"bits": 4}, {"bits": 3}, {"bits": 2}, {"bits": 3, "sensitive": 0.0, "outliers": 0.0}],
+    "spqr": [
+        {"bits": 4},
+        {"bits": 3},
+        {"bits": 3, "threshold": 0.7},
+        {"bits": 2, "threshold": 1.0},
+        {"bits": 3, "group_size": 64, "threshold": 1.0},
+    ],
+    "squeezellm": [{"bits": 4}, {"bits": 3}, {"bits": 2}]
+    + [{"bits": 3, "sensitive": 0.0, "outliers": 0.0} | change for change in ({}, {"feedback": True})],
     "decoupleq": [*GROUPS, {"bits": 2, "group_size": 64, "steps": 0}],
-    "cbq": [{"bits": bits, "rounding": kind} for bits in (3, 2) for kind in ("full", "low_rank")],
+    "cbq": [
+        {"bits": bits, "rounding": kind} | change
+        for bits in (3, 2)
+        for kind in ("full", "low_rank")
+        for change in ({}, {"start": "feedback"})
+    ],
     "mixllm": [{"bits": bits, "group_size": 64, "activation_bits": None} for bits in (4, 3, 2)]
-    + [{"bits": 3, "more_bits": 4, "share": 0.25, "group_size": 64, "activation_bits": None}, {"bits": 4, "group_size": 64}],
+    + [{"bits": 3, "more_bits": 4, "share": 0.25, "group_size": 64, "activation_bits": None}, {"bits": 4, "group_size": 64}]
+    + [{"bits": 3, "more_bits": 4, "share": 0.1, "group_size": 128, "activation_bits": None}],
     "fast2bit": [{}, {"layout": "free"}, {"group_size": 32}, {"group_size": 64}, {"group_size": 64, "layout": "free"}],
     "pb_llm": [{}, {"share": 0.2}, {"share": 0.0}],
     "nupes": [{"bits": bits, "steps": steps} for bits in (4, 3) for steps in (0, 120)],
@@ -40,6 +53,7 @@ SETTINGS = {
     ],
     "gqsa": [
         {},
+        {"steps": 60},
         {"steps": 0},
         {"tune_steps": 100},
         {"sparsity": 0.25},
