@@ -2,9 +2,9 @@
 
     python benchmarks/lr2vq_digits.py [results/weights/lr2vq.json] [--seeds 3]
 
-Trained on 1297 images with noise that is drawn anew each time, tested on the other 500 with five draws each. Every row takes
-the same steps from the same trained network; bits are those of the whole state dict, first convolution, batch normalizations
-and head too, over all weights.
+Trained on 1297 images with noise that is drawn anew each time, tested on the other 500 with five draws each. Rows start from
+the same trained network and take the same steps, unless their name says otherwise; bits are those of the whole state dict,
+first convolution, batch normalizations and head too, over all weights. Runs that the result holds already are not repeated.
 """
 
 import argparse
@@ -28,13 +28,19 @@ from fewbits.pipeline.train import Schedule, train
 WIDTH, NOISE, STEPS = 16, 0.4, 400
 BASE = {"share": 4 / 18, "kernels": 2, "entries": 8, "least": 2000, "rate": 5e-3}  # m = 18: three bits for 18 weights
 BASE |= {"pretrain_steps": 3 * STEPS, "finetune_steps": STEPS, "norm_steps": 12}
+PLAIN = {"share": 1.0, "train_decoder": False}
 ROWS = {
-    "plain VQ": {"share": 1.0, "train_decoder": False},
+    "plain VQ": PLAIN,
     "plain VQ, decoder trained": {"share": 1.0},
     "d = 9": {"share": 9 / 18},
     "d = 4": {},
     "d = 2": {"share": 2 / 18},
-    "d = 4, no low-rank training": {"pretrain_steps": 0, "finetune_steps": 4 * STEPS},
+    "d = 1": {"share": 1 / 18},
+    "d = 4, no low-rank training": {"pretrain_steps": 0},
+    "d = 4, all steps after clustering": {"pretrain_steps": 0, "finetune_steps": 4 * STEPS},
+    "plain VQ, all steps after clustering": {**PLAIN, "pretrain_steps": 0, "finetune_steps": 4 * STEPS},
+    "plain VQ, four times the fine-tuning": {**PLAIN, "finetune_steps": 4 * STEPS},
+    "d = 4, four times the fine-tuning": {"finetune_steps": 4 * STEPS},
     "d = 4, decoder frozen": {"train_decoder": False},
     "d = 4, random codebook": {"codebook": "random"},
     "d = 4, soft codes": {"assignments": "soft"},
@@ -119,7 +125,7 @@ def summary(name: str, runs: list[dict]) -> dict:
     spread = {key: statistics.stdev(run[key] for run in runs) if len(runs) > 1 else 0.0 for key in ("accuracy", "loss")}
     row = {"method": name, "accuracy": mean["accuracy"], "accuracy_deviation": spread["accuracy"], "loss": mean["loss"]}
     row |= {"loss_deviation": spread["loss"], "low_rank_training_loss": mean["low_rank_training_loss"]}
-    row |= {"cluster_error": mean["cluster_error"], "whole_model_bits_per_weight": mean["bits"], "seconds": mean["seconds"]}
+    row |= {"cluster_error": mean["cluster_error"], "whole_model_bits_per_weight": mean["bits"]}
     return row | {"runs": runs}
 
 
@@ -131,16 +137,19 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     runs: dict[str, list[dict]] = {name: [] for name in ("dense", *ROWS)}
+    if arguments.result.is_file() and (kept := json.loads(arguments.result.read_text()))["base"] == BASE:
+        runs |= {row["method"]: row["runs"] for row in kept["rows"] if row["method"] in runs}
     arguments.result.parent.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         for seed in range(arguments.seeds):
             dense = trained(digits()[0], seed=seed)
-            waiting = {name: pool.submit(measure, name, seed, dense) for name in runs}
+            missing = [name for name, found in runs.items() if seed not in {run["seed"] for run in found}]
+            waiting = {name: pool.submit(measure, name, seed, dense) for name in missing}
             for name, one in waiting.items():
                 runs[name].append(one.result())
                 print(seed, name, {key: value for key, value in runs[name][-1].items() if isinstance(value, float)}, flush=True)
-            rows = [summary(name, found) for name, found in runs.items()]
-            result = {"test_images": 2500, "seeds": seed + 1, "base": BASE, "torch": torch.__version__, "rows": rows}
+            rows = [summary(name, found) for name, found in runs.items() if found]
+            result = {"test_images": 2500, "seeds": len(runs["dense"]), "base": BASE, "torch": torch.__version__, "rows": rows}
             arguments.result.write_text(json.dumps(result, indent=1) + "\n")
 
 

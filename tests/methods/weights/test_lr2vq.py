@@ -280,12 +280,12 @@ def test_clustering_in_fewer_dimensions_beats_plain_vector_quantization_at_equal
 
 
 @pytest.mark.slow
-def test_the_best_dimension_is_an_inner_one(lost):
-    wide, best, narrow = (lost(name)[0] for name in ("d = 9", "d = 4", "d = 2"))
-    assert best < 0.98 * wide and best < 0.98 * narrow
+@pytest.mark.parametrize(("other", "ratio"), [("d = 9", 0.99), ("d = 1", 0.95)])
+def test_the_best_dimension_is_an_inner_one(lost, other, ratio):
+    assert lost("d = 4")[0] < ratio * lost(other)[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("without", ["no low-rank training", "random codebook"])
-def test_without_low_rank_training_or_clustering_it_is_worse(lost, without):
-    assert lost("d = 4")[0] < 0.97 * lost(f"d = 4, {without}")[0]
+@pytest.mark.parametrize(("without", "ratio"), [("no low-rank training", 0.95), ("decoder frozen", 0.97), ("random codebook", 0.95)])
+def test_without_one_of_its_parts_it_is_worse(lost, without, ratio):
+    assert lost("d = 4")[0] < ratio * lost(f"d = 4, {without}")[0]
