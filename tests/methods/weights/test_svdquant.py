@@ -1,4 +1,6 @@
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from fewbits.methods.weights.svdquant import Svdquant
 from fewbits.statistics.hessian import Hessian
 from fewbits.statistics.ranges import Ranges
 from fewbits.statistics.sample import Sample
+
+sys.path.insert(0, str(Path(__file__).parent))
+from real_layers import real_layers
 
 METHOD = Svdquant(exponent_step=0.1)
 
@@ -44,7 +49,7 @@ def lost(method, problem):
 
 def test_both_parts_are_needed():
     for seed in range(2):
-        problem = spiked_layer(seed)
+        problem = spiked_layer(seed, 256)
         errors = {
             name: lost(replace(METHOD, **options), problem)
             for name, options in {
@@ -62,10 +67,75 @@ def test_both_parts_are_needed():
         assert errors["both"] <= errors["one step"] and errors["both"] < errors["half"]
 
 
-def test_more_rank_loses_less():
-    problem = spiked_layer()
-    errors = [lost(replace(METHOD, branch_rank=rank), problem) for rank in (0, 4, 8, 16)]
-    assert errors == sorted(errors, reverse=True)
+def test_more_rank_loses_less_until_the_branch_is_the_layer():
+    problem = spiked_layer(size=256)
+    whole = replace(METHOD, side_share=1.0)
+    errors = [lost(replace(whole, branch_rank=rank), problem) for rank in (0, 4, 8, 16, 32, 256)]
+    assert errors == sorted(errors, reverse=True) and errors[4] < 0.3 * errors[0]
+    assert errors[-1] < 1e-8  # nothing is left to round
+    weight, statistics, _ = problem
+    codes = replace(whole, branch_rank=256).compress(weight, statistics).terms[0].decode()
+    assert float(codes.norm()) < 1e-3 * float(weight.norm())
+
+
+def test_without_a_branch_it_is_smoothing_and_rounding_to_nearest():
+    """SmoothQuant's scale (alpha 1/2) and W4A4 in groups, computed by hand."""
+    weight, statistics, heldout = spiked_layer(size=256)
+    scale = (statistics[Ranges].largest_magnitude / weight.abs().amax(0)).sqrt()
+
+    def nearest(values):
+        groups = values.view(len(values), -1, 64)
+        steps = groups.abs().amax(-1, keepdim=True) / 7
+        return ((groups / steps).round().clamp(-8, 7) * steps).view(values.shape)
+
+    expected = nearest(heldout / scale) @ nearest(weight * scale).T
+    made = layer(Svdquant(branch_rank=0, smooth="half"), weight, statistics)(heldout)
+    assert float((made - expected).square().sum() / expected.square().sum()) < 1e-4  # scales are fp16: a few codes differ
+    assert float((made - heldout @ weight.T).square().sum() / expected.square().sum()) > 1e-3
+
+
+def test_with_many_bits_both_branches_are_the_layer():
+    weight, statistics, heldout = spiked_layer(size=256)
+    for smooth in ("half", "search"):  # folding the scale leaves the layer as it is
+        made = layer(Svdquant(bits=8, group_size=4, activation_bits=None, smooth=smooth, exponent_step=0.25), weight, statistics)
+        assert float((made(heldout) - heldout @ weight.T).norm() / (heldout @ weight.T).norm()) < 3e-3
+    residual, branch = made.stored.weight.terms
+    inverse = made.stored.weight.input_transforms[0].apply(torch.ones(256))
+    exact = (weight / inverse - branch.decode()).double() + branch.decode().double()  # the residual before it is rounded
+    smoothed = (heldout * inverse).double()
+    torch.testing.assert_close(smoothed @ exact.T, (heldout @ weight.T).double(), rtol=1e-5, atol=1e-5)
+    assert float((residual.decode() - (weight / inverse - branch.decode())).abs().max()) < 0.01 * float((weight / inverse).abs().max())
+
+
+def test_the_loop_stops_at_the_first_rise_and_keeps_the_best():
+    weight, statistics, _ = spiked_layer(size=256)
+    losses = []
+
+    class Listening(Svdquant):
+        def _loss(self, *arguments):
+            losses.append(super()._loss(*arguments))
+            return losses[-1]
+
+    Listening(smooth="none").solve(weight, statistics[Sample].inputs, None)
+    assert 3 < len(losses) < 100 and losses[-1] >= losses[-2]
+    assert losses[:-1] == sorted(losses[:-1], reverse=True)
+
+
+@pytest.mark.slow
+def test_both_parts_are_needed_in_the_layers_of_a_real_model():
+    layers, wins = real_layers((1, 5)), []
+    for weight, inputs, heldout in layers.values():
+        statistics = Statistics(Hessian(weight.shape[1]), Ranges(weight.shape[1]), Sample(weight.shape[1]), tokens=len(inputs))
+        for one in statistics:
+            one.update(inputs)
+        method = Svdquant(exponent_step=0.2, iterations=8)
+        both, smoothing, branch, naive = (
+            lost(replace(method, **options), (weight, statistics, heldout))
+            for options in ({}, {"branch_rank": 0}, {"smooth": "none"}, {"branch_rank": 0, "smooth": "none"})
+        )
+        wins.append((both < smoothing, smoothing < naive, both < branch))
+    shares = torch.tensor(wins).float().mean(0)
+    assert len(layers) == 14 and bool((shares >= 0.9).all()), shares
 
 
 def test_the_branch_reads_unrounded_inputs():
@@ -111,7 +181,13 @@ def test_error_feedback_of_the_residual_helps():
 
 
 def test_values_out_of_range_are_named():
-    for values, says in [({"bits": 1}, "bits=1"), ({"branch_rank": -1}, "branch_rank=-1"), ({"smooth": "all"}, "smooth='all'")]:
+    for values, says in [
+        ({"bits": 1}, "bits=1"),
+        ({"branch_rank": -1}, "branch_rank=-1"),
+        ({"smooth": "all"}, "smooth='all'"),
+        ({"activation_group": 48}, "activation_group=48"),
+        ({"side_share": 0}, "side_share=0"),
+    ]:
         with pytest.raises(InputError, match=says):
             Svdquant(**values)
 

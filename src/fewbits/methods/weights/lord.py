@@ -42,6 +42,7 @@ class Lord(LayerMethod):
     paper: ClassVar[Paper] = Paper("LoRD: Low Rank Decomposition of Monolingual Code LLMs for One-Shot Compression", "2309.14021", 2023)
     baseline: ClassVar[str | None] = "rtn"
     needs: ClassVar = (Hessian, Moments)
+    inputs: ClassVar[Literal["propagated", "original"]] = "original"
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewbits.core.checks import check_group_size, check_range
+from fewbits.core.checks import check_group_size, check_positive, check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor, Term
@@ -25,8 +25,6 @@ from fewbits.statistics.hessian import Hessian
 from fewbits.statistics.ranges import Ranges
 from fewbits.statistics.sample import Sample
 
-_SIDE_A_RANK = 32  # a branch has no larger rank than this part of the smaller side of its matrix
-
 
 @dataclass(frozen=True)
 class Svdquant(LayerMethod):
@@ -35,17 +33,20 @@ class Svdquant(LayerMethod):
     Inputs are divided by max|x|^a / max|w|^b, the same for all linears that read them; a and b are searched with both
     roundings and the branch at work. The branch is the best low-rank part of the scaled weight, then again of what the
     rounded residual leaves, until that loses more; it is rounded to fp16 before the residual is taken. Stored: symmetric codes
-    with fp16 scales, fp16 factors, an fp16 scale of the input. The rank is at most 1/32 of the matrix's smaller side, so that
-    the branch stays small. Departures: see the page. Raises InputError for values out of range.
+    with fp16 scales, fp16 factors, an fp16 scale of the input. The rank is at most `side_share` of the matrix's smaller side, so
+    that the branch stays small, and at least 1. Activations have groups of `activation_group`, or of the weight's size; one
+    must divide the other. Departures: see the page. Raises InputError for values out of range.
     """
 
     bits: int = 4
     activation_bits: int | None = 4
     group_size: int = 64
+    activation_group: int | None = None
     branch_rank: int = 32
+    side_share: float = 1 / 32
     smooth: Literal["search", "half", "none"] = "search"
     exponent_step: float = 0.05
-    iterations: int = 20
+    iterations: int = 100
     feedback: bool = False  # the residual by error feedback (GPTQ) instead of rounding to nearest
     damping: float = 0.01
 
@@ -58,11 +59,22 @@ class Svdquant(LayerMethod):
         if self.activation_bits is not None:
             check_range("activation_bits", self.activation_bits, 2, 16)
         check_group_size(self.group_size)
+        check_group_size(self._activation_group)
+        if max(self.group_size, self._activation_group) % min(self.group_size, self._activation_group):
+            raise InputError(
+                f"activation_group={self.activation_group} and group_size={self.group_size} have no common borders; "
+                "one that divides the other would be right"
+            )
         check_range("branch_rank", self.branch_rank, 0, 10**5)
+        check_positive("side_share", self.side_share, 1 / 32)
         check_range("exponent_step", self.exponent_step, 0.01, 0.5)
         check_range("iterations", self.iterations, 1, 1000)
         if self.smooth not in ("search", "half", "none"):
             raise InputError(f"smooth={self.smooth!r} is not known; 'search', 'half' or 'none' would be right")
+
+    @property
+    def _activation_group(self) -> int:
+        return self.group_size if self.activation_group is None else self.activation_group
 
     def compress(self, weight: Tensor, statistics: Statistics) -> CompressedTensor:
         return self.compress_group({"weight": weight}, statistics)["weight"]
@@ -80,7 +92,7 @@ class Svdquant(LayerMethod):
         return made
 
     def activation(self, statistics: Statistics, weight: CompressedTensor) -> GroupQuantizer | None:
-        return None if self.activation_bits is None else GroupQuantizer(self.activation_bits, self.group_size)
+        return None if self.activation_bits is None else GroupQuantizer(self.activation_bits, self._activation_group)
 
     def scale(self, weights: Mapping[str, Tensor], inputs: Tensor, magnitude: Tensor) -> Tensor:
         """What the inputs are multiplied by, fp16 `[features]`: of all exponents those that lose least on all outputs."""
@@ -137,7 +149,7 @@ class Svdquant(LayerMethod):
     def _branch(self, weight: Tensor) -> LowRank | None:
         if not self.branch_rank:
             return None
-        rank = min(self.branch_rank, max(1, min(weight.shape) // _SIDE_A_RANK))
+        rank = min(self.branch_rank, max(1, int(self.side_share * min(weight.shape))), *weight.shape)
         left, right = low_rank(weight, rank, seed=0)
         return LowRank(Dense(left.half()), Dense(right.half()))
 
@@ -166,4 +178,4 @@ class Svdquant(LayerMethod):
         return Uniform.from_codes((codes + most).to(torch.uint8), scales, None, bits=self.bits, group_size=size)
 
     def _rounded(self, inputs: Tensor) -> Tensor:
-        return inputs if self.activation_bits is None else GroupQuantizer(self.activation_bits, self.group_size).apply(inputs)
+        return inputs if self.activation_bits is None else GroupQuantizer(self.activation_bits, self._activation_group).apply(inputs)
