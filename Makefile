@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: setup quickstart test check format tables docs new
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q -e '.[test,dev]'

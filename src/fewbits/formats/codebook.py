@@ -9,11 +9,13 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
+from fewbits.formats.coded import Coded, describe_numbers
 from fewbits.formats.packing import pack, unpack
+from fewbits.kernels.layout import ABSENT, Description, coded
 
 
 @dataclass(frozen=True, eq=False)
-class Codebook(Term, kind="codebook"):
+class Codebook(Coded, kind="codebook"):
     """value = levels[row, group, code] * scales[row, group].
 
     Packed codes `[rows, bytes]`, levels `[rows or 1, groups or 1, 2**bits]` ascending in no particular order, scales
@@ -65,7 +67,13 @@ class Codebook(Term, kind="codebook"):
     def shape(self) -> tuple[int, int]:
         return self.rows, self.columns
 
-    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def described(self) -> Description | None:
+        levels, scales = describe_numbers(self.levels.flatten(1)), describe_numbers(self.scales)
+        if self.bits_per_code > 8 or levels is None or scales is None or self.row_ends:  # kernels know no runs of rows
+            return None
+        return coded((self.rows, self.columns, self.bits_per_code, self.group_size), self.codes, levels, scales, ABSENT)
+
+    def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
         groups = torch.arange(self.columns, device=self.codes.device) // self.group_size
         codes = unpack(self.codes, self.bits_per_code, self.columns).long()
         books = self.levels.float()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.core.tensor import Term
+from fewbits.formats.coded import Coded
 from fewbits.formats.packing import pack, unpack
+from fewbits.kernels.layout import ABSENT, Description, coded, dense, table
 
 Specials = Literal["none", "nan", "ieee"]
 ScaleFormat = Literal["float", "e8m0", "e4m3"]
@@ -91,7 +92,7 @@ E2M1 = Layout(2, 1)
 
 
 @dataclass(frozen=True, eq=False)
-class Minifloat(Term, kind="minifloat"):
+class Minifloat(Coded, kind="minifloat"):
     """value = number(code) * scale of its block * tensor_scale.
 
     Packed codes `[rows, bytes]`; scales `[rows or 1, blocks]`, floating point, or uint8 that are powers of two (e8m0: 2**(code - 127))
@@ -142,7 +143,22 @@ class Minifloat(Term, kind="minifloat"):
     def layout(self) -> Layout:
         return Layout(self.exponent_bits, self.mantissa_bits, self.specials)  # type: ignore[arg-type]
 
-    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def described(self) -> Description | None:
+        if self.scale_format == "float":
+            scales = None if self.tensor_scale is not None else dense(self.scales)
+        else:
+            codes = torch.arange(256, dtype=torch.uint8, device=self.scales.device)
+            scales = table(self.scales, _scale_values(codes, self.tensor_scale, self.scale_format))
+        if scales is None:
+            return None
+        levels = dense(self.layout.values()[None].to(self.codes.device))
+        return (
+            None
+            if levels is None
+            else coded((self.rows, self.columns, self.layout.bits, self.block_size), self.codes, levels, scales, ABSENT)
+        )
+
+    def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
         numbers = self.layout.values().to(self.codes.device)[unpack(self.codes, self.layout.bits, self.columns).long()]
         scales = _scale_values(self.scales, self.tensor_scale, self.scale_format)
         return (numbers * scales.repeat_interleave(self.block_size, dim=1)[:, : self.columns]).to(dtype)

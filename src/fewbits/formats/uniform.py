@@ -10,12 +10,14 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
+from fewbits.formats.coded import Coded, describe_numbers
 from fewbits.formats.packing import pack, unpack
 from fewbits.formats.ranges import fit_extremes, round_codes
+from fewbits.kernels.layout import ABSENT, Description, coded, packed
 
 
 @dataclass(frozen=True, eq=False)
-class Uniform(Term, kind="uniform"):
+class Uniform(Coded, kind="uniform"):
     """Packed codes `[rows, bytes]`, scales `[rows or 1, groups]`, and zero points of one of three kinds.
 
     `zero_points` None is the symmetric grid, whose zero point is 2**(bits-1); uint8 are integer zero points packed at the
@@ -89,7 +91,20 @@ class Uniform(Term, kind="uniform"):
             return _values(self.zero_points)
         return unpack(self.zero_points, self.bits_per_code, self.scales.shape[1]).float()
 
-    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def described(self) -> Description | None:
+        if self.bits_per_code > 8:
+            return None
+        zeros: Description | None
+        if isinstance(self.zero_points, Tensor) and not self.zero_points.is_floating_point():
+            zeros = packed(self.zero_points, self.scales.shape[1])
+        else:
+            zeros = describe_numbers(self.zero_points)
+        scales = describe_numbers(self.scales)
+        if scales is None or zeros is None:
+            return None
+        return coded((self.rows, self.columns, self.bits_per_code, self.group_size), self.codes, ABSENT, scales, zeros)
+
+    def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
         scales, zeros = (self._spread(values) for values in (_values(self.scales), self.unpacked_zero_points()))
         return ((self.unpacked_codes().float() - zeros) * scales).to(dtype)
 

@@ -1,0 +1,11 @@
+#define FEWBITS_ISA avx2
+#include "lanes.h"
+
+#include "../kernels.h"
+
+namespace fewbits {
+const Kernels& avx2_kernels() {
+  static constexpr Kernels kernels = avx2::make_kernels("avx2");
+  return kernels;
+}
+}  // namespace fewbits

@@ -1,0 +1,95 @@
+// Eight lanes of 32 bits: AVX2 with FMA and F16C.
+#pragma once
+#include <immintrin.h>
+
+#include "../numbers.h"
+
+namespace fewbits {
+namespace FEWBITS_ISA {
+
+constexpr int lanes = 8;
+using Floats = __m256;
+using Words = __m256i;
+
+static inline Floats zeros() { return _mm256_setzero_ps(); }
+static inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
+static inline void store(float* to, Floats value) { _mm256_storeu_ps(to, value); }
+static inline Floats spread(float value) { return _mm256_set1_ps(value); }
+static inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+static inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+
+static inline float sum(Floats value) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
+// Lane i takes from[pick[i]], 0 <= pick[i] < 8.
+static inline Floats permute(const float* from, const int32_t* pick) {
+  return _mm256_permutevar8x32_ps(load(from), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pick)));
+}
+
+static inline void halves_to_floats(const uint16_t* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) store(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  for (; i < count; ++i) to[i] = half_to_float(from[i]);
+}
+
+// The codes of a lane's columns from bit 0 of its word on. Reads 16 bytes from each half block's start.
+template <int Bits>
+static inline Words words(const uint8_t* from) {
+  constexpr int half = Bits <= 4 ? 4 * Bits : 2 * Bits;  // bytes that four lanes take
+  if constexpr (half == 16) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  } else {
+    const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(low), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + half)), 1);
+    constexpr int width = half * 2;  // half bytes that a lane takes
+    constexpr int o0 = 0, o1 = width / 8, o2 = width * 2 / 8, o3 = width * 3 / 8;
+    const __m256i order = _mm256_setr_epi8(o0, o0 + 1, o0 + 2, o0 + 3, o1, o1 + 1, o1 + 2, o1 + 3, o2, o2 + 1, o2 + 2, o2 + 3, o3, o3 + 1, o3 + 2, o3 + 3,
+                                           o0, o0 + 1, o0 + 2, o0 + 3, o1, o1 + 1, o1 + 2, o1 + 3, o2, o2 + 1, o2 + 2, o2 + 3, o3, o3 + 1, o3 + 2, o3 + 3);
+    const __m256i placed = _mm256_shuffle_epi8(both, order);
+    if constexpr (Bits == 5 || Bits == 7) return _mm256_srlv_epi32(placed, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+    return placed;
+  }
+}
+
+// The code of a lane's column `Index` as a number, times 2**(Bits * Index) but for the last column.
+template <int Bits, int Index>
+static inline Floats field(Words word) {
+  constexpr int last = Bits <= 4 ? 7 : 3;
+  constexpr uint32_t mask = (uint32_t{1} << Bits) - 1;
+  if constexpr (Index < last) return _mm256_cvtepi32_ps(_mm256_and_si256(word, _mm256_set1_epi32(static_cast<int>(mask << (Bits * Index)))));
+  else if constexpr (Bits * (last + 1) == 32) return _mm256_cvtepi32_ps(_mm256_srli_epi32(word, Bits * Index));
+  else return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(word, Bits * Index), _mm256_set1_epi32(static_cast<int>(mask))));
+}
+
+// A codebook of 4, 8 or 16 levels in registers.
+struct Book {
+  __m256 low, high;
+};
+
+template <int Bits>
+static inline Book load_book(const float* levels) {
+  if constexpr (Bits == 4) return {load(levels), load(levels + 8)};
+  else if constexpr (Bits == 3) return {load(levels), load(levels)};
+  else {
+    const __m256 both = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(levels));
+    return {both, both};
+  }
+}
+
+template <int Bits, int Index>
+static inline Floats look_up(Words word, const Book& book) {
+  const __m256i code = Index == 0 ? word : _mm256_srli_epi32(word, Bits * Index);
+  if constexpr (Bits == 2) return _mm256_permutevar_ps(book.low, code);  // reads two bits
+  const __m256 low = _mm256_permutevar8x32_ps(book.low, code);           // reads three bits
+  if constexpr (Bits == 3) return low;
+  const __m256 high = _mm256_permutevar8x32_ps(book.high, code);
+  constexpr int up = 28 - Bits * Index;  // brings the code's top bit to the sign, which chooses
+  const __m256i choice = up == 0 ? word : up > 0 ? _mm256_slli_epi32(word, up > 0 ? up : 0) : word;
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(choice));
+}
+
+}  // namespace FEWBITS_ISA
+}  // namespace fewbits

@@ -1,0 +1,132 @@
+// Sixteen lanes of 32 bits: AVX-512 F, BW and VL. Where the compiler does not target it, the same steps lane by lane,
+// so that everything but these few instructions can be tested on any machine.
+#pragma once
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
+#include "../numbers.h"
+
+namespace fewbits {
+namespace FEWBITS_ISA {
+
+constexpr int lanes = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+
+static inline Floats zeros() { return Floats{}; }
+
+static inline Floats load(const float* from) {
+  Floats value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+static inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
+static inline Floats spread(float value) { return Floats{} + value; }
+static inline Floats add(Floats a, Floats b) { return a + b; }
+
+static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#ifdef __AVX512BW__
+  return reinterpret_cast<Floats>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#else
+  return a * b + c;
+#endif
+}
+
+static inline float sum(Floats value) {
+#ifdef __AVX512BW__
+  return _mm512_reduce_add_ps(reinterpret_cast<__m512>(value));
+#else
+  for (int step = 8; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) value[i] += value[i + step];
+  return value[0];
+#endif
+}
+
+// Lane i takes from[pick[i]], 0 <= pick[i] < 16.
+static inline Floats permute(const float* from, const int32_t* pick) {
+#ifdef __AVX512BW__
+  return reinterpret_cast<Floats>(_mm512_permutexvar_ps(_mm512_loadu_si512(pick), _mm512_loadu_ps(from)));
+#else
+  Floats value;
+  for (int i = 0; i < lanes; ++i) value[i] = from[pick[i]];
+  return value;
+#endif
+}
+
+static inline void halves_to_floats(const uint16_t* from, int64_t count, float* to) {
+  int64_t i = 0;
+#ifdef __AVX512BW__
+  for (; i + 16 <= count; i += 16) _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
+#endif
+  for (; i < count; ++i) to[i] = half_to_float(from[i]);
+}
+
+// The codes of a lane's columns from bit 0 of its word on. Reads 16 bytes from each quarter block's start.
+template <int Bits>
+static inline Words words(const uint8_t* from) {
+  constexpr int quarter = Bits <= 4 ? 4 * Bits : 2 * Bits;  // bytes that four lanes take
+  Words value;
+  if constexpr (quarter == 16) {
+    std::memcpy(&value, from, sizeof value);
+    return value;
+  } else {
+    constexpr int width = quarter * 2;  // bits that a lane takes
+#ifdef __AVX512BW__
+    const auto part = [from](int index) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + index * quarter)); };
+    __m512i all = _mm512_castsi128_si512(part(0));
+    all = _mm512_inserti32x4(all, part(1), 1);
+    all = _mm512_inserti32x4(all, part(2), 2);
+    all = _mm512_inserti32x4(all, part(3), 3);
+    constexpr int o0 = 0, o1 = width / 8, o2 = width * 2 / 8, o3 = width * 3 / 8;
+    const __m128i order = _mm_setr_epi8(o0, o0 + 1, o0 + 2, o0 + 3, o1, o1 + 1, o1 + 2, o1 + 3, o2, o2 + 1, o2 + 2, o2 + 3, o3, o3 + 1, o3 + 2, o3 + 3);
+    value = reinterpret_cast<Words>(_mm512_shuffle_epi8(all, _mm512_broadcast_i32x4(order)));
+#else
+    for (int i = 0; i < lanes; ++i) {
+      uint32_t word;
+      std::memcpy(&word, from + i / 4 * quarter + i % 4 * width / 8, 4);
+      value[i] = word;
+    }
+#endif
+    if constexpr (Bits == 5 || Bits == 7) value >>= Words{0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4};
+    return value;
+  }
+}
+
+// The code of a lane's column `Index` as a number, times 2**(Bits * Index) but for the last column.
+template <int Bits, int Index>
+static inline Floats field(Words word) {
+  constexpr int last = Bits <= 4 ? 7 : 3;
+  constexpr uint32_t mask = (uint32_t{1} << Bits) - 1;
+  const Words code = Index < last ? word & (mask << (Index < last ? Bits * Index : 0)) : (word >> (Bits * Index)) & mask;
+  return __builtin_convertvector(reinterpret_cast<Integers>(code), Floats);
+}
+
+// A codebook of 4, 8 or 16 levels in a register.
+struct Book {
+  Floats levels;
+};
+
+template <int Bits>
+static inline Book load_book(const float* levels) {
+  Book book;
+  for (int i = 0; i < lanes; ++i) book.levels[i] = levels[i % (1 << Bits)];
+  return book;
+}
+
+template <int Bits, int Index>
+static inline Floats look_up(Words word, const Book& book) {
+  const Words code = Bits == 4 ? word >> (Bits * Index) : (word >> (Bits * Index)) & ((1u << Bits) - 1);
+#ifdef __AVX512BW__
+  return reinterpret_cast<Floats>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(code), reinterpret_cast<__m512>(book.levels)));
+#else
+  Floats value;
+  for (int i = 0; i < lanes; ++i) value[i] = book.levels[code[i] & 15];
+  return value;
+#endif
+}
+
+}  // namespace FEWBITS_ISA
+}  // namespace fewbits

@@ -1,0 +1,414 @@
+// The kernels over an instruction set's lanes. Included once by each instruction set, whose lanes.h comes before.
+//
+// A lane of 32 bits holds the codes of 8 neighbouring columns (4 above 4 bits), so that a block of lanes is a run of columns
+// read as it is stored. The inputs are laid out once in the order in which codes leave the lanes, divided by the power of two
+// that the place in the word multiplies a code with: a code then costs one mask, one conversion and one multiply-add.
+#pragma once
+#include <utility>
+
+#include "matrix.h"
+#include "numbers.h"
+
+namespace fewbits {
+namespace FEWBITS_ISA {
+
+constexpr int64_t tile_vectors = 4;        // input vectors that share the unpacking of a code
+constexpr int64_t panel_floats = 1 << 12;  // inputs of a tile that stay in the first cache
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t rounded_up(int64_t a, int64_t b) { return ceiling(a, b) * b; }
+
+// How the scales of a matrix meet the lanes.
+struct Plan {
+  enum Kind { broadcast, pick, spread_out, decode_rows };
+  Kind kind;
+  int64_t per_lane;  // columns of a lane
+  int64_t block;     // columns of all lanes
+  int64_t blocks;
+  int64_t block_bytes, read_bytes;  // of one block: taken, and touched by its loads
+  int64_t span;                     // blocks until the sums are scaled
+  int64_t tile, tiles;              // vectors of a tile
+  int64_t panel;                    // blocks of a panel
+  int32_t picks[lanes];
+};
+
+static Plan make_plan(const Coded& w, int64_t vectors) {
+  Plan plan{};
+  plan.per_lane = w.bits <= 4 ? 8 : 4;
+  plan.block = plan.per_lane * lanes;
+  plan.blocks = ceiling(w.columns, plan.block);
+  plan.block_bytes = plan.block / 8 * w.bits;
+  plan.read_bytes = (lanes / 4 - 1) * (plan.per_lane / 2 * w.bits) + 16;
+  plan.tile = vectors == 1 ? 1 : tile_vectors;
+  plan.tiles = ceiling(vectors, plan.tile);
+  plan.panel = plan.tile == 1 ? plan.blocks : panel_floats / (plan.block * plan.tile);
+  if (plan.panel < 1) plan.panel = 1;
+  plan.span = 1;
+  const bool in_registers = w.levels.kind == Values::none || (w.level_groups == 1 && w.bits >= 2 && w.bits <= 4);
+  if (!in_registers || (w.groups > 1 && w.group % plan.per_lane != 0)) {
+    plan.kind = Plan::decode_rows;
+  } else if (w.groups == 1 || w.group % plan.block == 0) {
+    plan.kind = Plan::broadcast;
+    plan.span = w.groups == 1 ? plan.blocks : w.group / plan.block;
+  } else if (plan.block % w.group == 0) {
+    plan.kind = Plan::pick;
+    for (int i = 0; i < lanes; ++i) plan.picks[i] = static_cast<int32_t>(i * plan.per_lane / w.group);
+  } else {
+    plan.kind = Plan::spread_out;
+  }
+  return plan;
+}
+
+// ---- rows in full -------------------------------------------------------------------------------------------------------
+
+static int64_t decode_floats(const Coded& w);
+
+static int64_t values_floats(const Values& values) {
+  return values.kind == Values::coded ? decode_floats(*values.inner) : values.kind == Values::packed ? rounded_up(values.columns, 8) / 4 + 2 : 0;
+}
+
+// Scratch that decode_row needs.
+static int64_t decode_floats(const Coded& w) {
+  const int64_t inner = values_floats(w.scales), zero = values_floats(w.zeros);
+  return rounded_up(w.columns, 8) / 4 + 2 * (w.groups + lanes) + (int64_t{1} << w.bits) * (w.level_groups > 0 ? w.level_groups : 1) + (inner > zero ? inner : zero) + 2 * lanes;
+}
+
+static void decode_row(const Coded& w, int64_t row, float* out, float* scratch);
+
+// Row `row` of scales, zero points or levels as numbers; `bits` is the width of packed ones.
+static void read_values(const Values& values, int bits, int64_t row, float* out, float* scratch) {
+  const int64_t count = values.columns, at = values.rows == 1 ? 0 : row;
+  if (values.kind == Values::coded) return decode_row(*values.inner, at, out, scratch);
+  if (values.kind == Values::packed) {
+    uint8_t* codes = reinterpret_cast<uint8_t*>(scratch);
+    unpack(static_cast<const uint8_t*>(values.data) + at * ((count * bits + 7) / 8), bits, count, codes);
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(codes[i]);
+  } else if (values.kind == Values::table) {
+    const uint8_t* codes = static_cast<const uint8_t*>(values.data) + at * count;
+    for (int64_t i = 0; i < count; ++i) out[i] = values.lookup[codes[i]];
+  } else if (values.number == Number::f32) {
+    std::memcpy(out, static_cast<const float*>(values.data) + at * count, static_cast<size_t>(count) * 4);
+  } else if (values.number == Number::f16) {
+    halves_to_floats(static_cast<const uint16_t*>(values.data) + at * count, count, out);
+  } else {
+    const uint16_t* from = static_cast<const uint16_t*>(values.data) + at * count;
+    for (int64_t i = 0; i < count; ++i) out[i] = as_float(static_cast<uint32_t>(from[i]) << 16);
+  }
+}
+
+// Scales of a row, and zero points times scales; what is past the last group is zero.
+static void read_grid(const Coded& w, int64_t row, float* scales, float* shifts, float* scratch) {
+  if (w.scales.kind == Values::none) for (int64_t g = 0; g < w.groups; ++g) scales[g] = 1.0f;
+  else read_values(w.scales, w.bits, row, scales, scratch);
+  for (int i = 0; i < lanes; ++i) scales[w.groups + i] = shifts[w.groups + i] = 0.0f;
+  if (w.levels.kind != Values::none) return;
+  if (w.zeros.kind == Values::none) {
+    const float zero = static_cast<float>(1 << (w.bits - 1));
+    for (int64_t g = 0; g < w.groups; ++g) shifts[g] = zero * scales[g];
+  } else {
+    read_values(w.zeros, w.bits, row, shifts, scratch);
+    for (int64_t g = 0; g < w.groups; ++g) shifts[g] *= scales[g];
+  }
+}
+
+static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) {
+  uint8_t* codes = reinterpret_cast<uint8_t*>(scratch);
+  float* scales = scratch + rounded_up(w.columns, 8) / 4;
+  float* zeros = scales + w.groups + lanes;
+  float* levels = zeros + w.groups + lanes;
+  const int64_t book = int64_t{1} << w.bits;
+  float* rest = levels + book * (w.level_groups > 0 ? w.level_groups : 1);
+  unpack(w.codes + row * w.row_bytes, w.bits, w.columns, codes);
+  if (w.scales.kind != Values::none) read_values(w.scales, w.bits, row, scales, rest);
+  if (w.levels.kind != Values::none) read_values(w.levels, w.bits, row, levels, rest);
+  else if (w.zeros.kind != Values::none) read_values(w.zeros, w.bits, row, zeros, rest);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t from = g * w.group, to = least(from + w.group, w.columns);
+    if (w.levels.kind != Values::none) {
+      const float* found = levels + (w.level_groups > 1 ? g * book : 0);
+      for (int64_t c = from; c < to; ++c) out[c] = found[codes[c]];
+      if (w.scales.kind != Values::none) for (int64_t c = from; c < to; ++c) out[c] *= scales[g];
+      continue;
+    }
+    const float zero = w.zeros.kind == Values::none ? static_cast<float>(1 << (w.bits - 1)) : zeros[g], scale = scales[g];
+    for (int64_t c = from; c < to; ++c) out[c] = (static_cast<float>(codes[c]) - zero) * scale;
+  }
+}
+
+static void decode(const Coded& w, int64_t first, int64_t last, void* out, Number number, float* scratch) {
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t at = (row - first) * w.columns;
+    if (number == Number::f32) {
+      decode_row(w, row, static_cast<float*>(out) + at, scratch);
+      continue;
+    }
+    decode_row(w, row, scratch, scratch + w.columns);
+    uint16_t* to = static_cast<uint16_t*>(out) + at;
+    if (number == Number::f16) for (int64_t c = 0; c < w.columns; ++c) to[c] = float_to_half(scratch[c]);
+    else for (int64_t c = 0; c < w.columns; ++c) to[c] = float_to_bf16(scratch[c]);
+  }
+}
+
+// ---- inputs in the kernel's order ---------------------------------------------------------------------------------------
+
+static int64_t padded_vectors(int64_t vectors) { return vectors == 1 ? 1 : rounded_up(vectors, tile_vectors); }
+
+static inline int64_t sums_stride(const Coded& w) { return w.groups + lanes; }
+
+static int64_t prepared_floats(const Product& product) {
+  const Plan plan = make_plan(*product.matrix, product.vectors);
+  return padded_vectors(product.vectors) * (plan.blocks * plan.block + sums_stride(*product.matrix));
+}
+
+static void prepare(const Product& product, int64_t vector, float* room) {
+  const Coded& w = *product.matrix;
+  const Plan plan = make_plan(w, product.vectors);
+  const int64_t padded = plan.blocks * plan.block, vectors = padded_vectors(product.vectors);
+  const bool there = vector < product.vectors;
+  if (plan.kind == Plan::decode_rows) {
+    float* to = room + vector * padded;
+    for (int64_t c = 0; c < padded; ++c) to[c] = there && c < w.columns ? number_at(product.inputs, vector * w.columns + c, product.number) : 0.0f;
+    return;
+  }
+  float* to = room + vector / plan.tile * (padded * plan.tile) + vector % plan.tile * lanes;
+  float* sums = room + vectors * padded + vector * sums_stride(w);
+  for (int64_t g = 0; g < sums_stride(w); ++g) sums[g] = 0.0f;
+  double sum = 0.0;
+  for (int64_t c = 0; c < padded; ++c) {
+    const float value = there && c < w.columns ? number_at(product.inputs, vector * w.columns + c, product.number) : 0.0f;
+    const int64_t place = c % plan.per_lane, lane = c / plan.per_lane % lanes;
+    const bool folded = w.levels.kind == Values::none && place < plan.per_lane - 1;
+    const float fold = folded ? as_float(static_cast<uint32_t>(127 - w.bits * place) << 23) : 1.0f;
+    to[(c / plan.block * plan.per_lane + place) * plan.tile * lanes + lane] = value * fold;
+    sum += value;
+    if (c < w.columns && (c + 1 == w.columns || (c + 1) % w.group == 0)) {
+      sums[c / w.group] = static_cast<float>(sum);
+      sum = 0.0;
+    }
+  }
+}
+
+// ---- products -----------------------------------------------------------------------------------------------------------
+
+// A few rows against a tile of vectors, over a run of blocks.
+struct Strip {
+  const uint8_t* codes[4];
+  const float* scales[4];
+  const float* levels[4];
+  const float* inputs;
+  const Plan* plan;
+  int64_t first, last;  // blocks
+  float* sums;          // [rows, stride], added to
+  int64_t stride;
+};
+
+template <int Bits, bool Levels, int Rows, int Vectors, int Index>
+static inline void multiply_column(const Words* word, const Book* book, const float* inputs, Floats (*sums)[Rows][Vectors]) {
+  constexpr int set = Rows * Vectors < 8 ? Index % 2 : 0;  // two sums a row where one would wait for itself
+  Floats weight[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    if constexpr (Levels) weight[r] = look_up<Bits, Index>(word[r], book[r]);
+    else weight[r] = field<Bits, Index>(word[r]);
+  }
+  for (int v = 0; v < Vectors; ++v) {
+    const Floats input = load(inputs + (Index * Vectors + v) * lanes);
+    for (int r = 0; r < Rows; ++r) sums[set][r][v] = multiply_add(weight[r], input, sums[set][r][v]);
+  }
+}
+
+template <int Bits, bool Levels, int Rows, int Vectors, int... Index>
+static inline void multiply_block(const Words* word, const Book* book, const float* inputs, Floats (*sums)[Rows][Vectors],
+                                  std::integer_sequence<int, Index...>) {
+  (multiply_column<Bits, Levels, Rows, Vectors, Index>(word, book, inputs, sums), ...);
+}
+
+template <int Bits, bool Levels, int Rows, int Vectors>
+static void multiply_strip(const Strip& strip) {
+  constexpr int per_lane = Bits <= 4 ? 8 : 4, sets = Rows * Vectors < 8 ? 2 : 1;
+  constexpr int64_t bytes = per_lane * lanes / 8 * Bits;
+  const Plan& plan = *strip.plan;
+  const int64_t picked = plan.kind == Plan::pick ? plan.picks[lanes - 1] + 1 : 0;
+  Book book[Rows];
+  if constexpr (Levels) for (int r = 0; r < Rows; ++r) book[r] = load_book<Bits>(strip.levels[r]);
+  Floats totals[Rows][Vectors];
+  for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) totals[r][v] = zeros();
+  int64_t segment = strip.first / plan.span;
+  for (int64_t block = strip.first; block < strip.last; ++segment) {
+    const int64_t end = least((segment + 1) * plan.span, strip.last);
+    Floats sums[sets][Rows][Vectors];
+    for (int s = 0; s < sets; ++s) for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) sums[s][r][v] = zeros();
+    for (; block < end; ++block) {
+      Words word[Rows];
+      for (int r = 0; r < Rows; ++r) word[r] = words<Bits>(strip.codes[r] + block * bytes);
+      multiply_block<Bits, Levels, Rows, Vectors>(word, book, strip.inputs + block * (per_lane * Vectors * lanes), sums,
+                                                  std::make_integer_sequence<int, per_lane>{});
+    }
+    for (int r = 0; r < Rows; ++r) {
+      const float* scales = strip.scales[r];
+      const Floats scale = plan.kind == Plan::broadcast ? spread(scales[segment])
+                           : plan.kind == Plan::pick    ? permute(scales + segment * picked, plan.picks)
+                                                        : load(scales + segment * lanes);
+      for (int v = 0; v < Vectors; ++v) {
+        const Floats found = sets == 2 ? add(sums[0][r][v], sums[sets - 1][r][v]) : sums[0][r][v];
+        totals[r][v] = multiply_add(found, scale, totals[r][v]);
+      }
+    }
+  }
+  for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) strip.sums[r * strip.stride + v] += sum(totals[r][v]);
+}
+
+template <int Bits, bool Levels>
+static int64_t multiply_some(const Strip& strip, int64_t rows, int64_t vectors) {
+  if (vectors == 1) {
+    if (rows >= 4) return multiply_strip<Bits, Levels, 4, 1>(strip), 4;
+    return multiply_strip<Bits, Levels, 1, 1>(strip), 1;
+  }
+  if (rows >= 2) return multiply_strip<Bits, Levels, 2, tile_vectors>(strip), 2;
+  return multiply_strip<Bits, Levels, 1, tile_vectors>(strip), 1;
+}
+
+using Some = int64_t (*)(const Strip&, int64_t rows, int64_t vectors);
+
+// The function for a width: returns how many of the rows it took.
+static Some find_some(const Coded& w) {
+  if (w.levels.kind != Values::none) return w.bits == 2 ? multiply_some<2, true> : w.bits == 3 ? multiply_some<3, true> : multiply_some<4, true>;
+  constexpr Some found[8] = {multiply_some<1, false>, multiply_some<2, false>, multiply_some<3, false>, multiply_some<4, false>,
+                             multiply_some<5, false>, multiply_some<6, false>, multiply_some<7, false>, multiply_some<8, false>};
+  return found[w.bits - 1];
+}
+
+static float dot(const float* a, const float* b, int64_t count) {
+  Floats total = zeros();
+  for (int64_t i = 0; i < count; i += lanes) total = multiply_add(load(a + i), load(b + i), total);
+  return sum(total);
+}
+
+// Rows that a grid is read for at once: those of a strip where they are used once, else those of a chunk.
+static inline int64_t grid_rows(const Plan& plan) { return plan.tile == 1 ? 4 : chunk_rows; }
+
+static inline int64_t scales_stride(const Coded& w, const Plan& plan) {
+  return plan.kind == Plan::spread_out ? plan.blocks * lanes : w.groups + lanes;
+}
+
+static int64_t scratch_floats(const Coded& w, int64_t vectors) {
+  const Plan plan = make_plan(w, vectors);
+  const int64_t whole = w.columns + rounded_up(w.columns, lanes) + decode_floats(w);
+  const int64_t each = scales_stride(w, plan) + w.groups + lanes + 16 + padded_vectors(vectors) + (plan.blocks * plan.block_bytes + plan.read_bytes) / 4 + 4;
+  return whole + grid_rows(plan) * each + w.groups + lanes;
+}
+
+// The rows first to last of a product whose inputs lie in the kernel's order.
+struct Chunk {
+  const Product& product;
+  const Plan& plan;
+  const float* prepared;
+  float* scales;   // [rows, scales_stride]
+  float* shifts;   // [rows, groups + lanes]
+  float* levels;   // [rows, 16]
+  float* sums;     // [rows, padded vectors]
+  float* copies;   // rows whose loads would pass the end of the codes
+  float* scratch;  // for reading grids
+};
+
+static void read_chunk(const Chunk& chunk, int64_t first, int64_t last, const uint8_t** codes) {
+  const Coded& w = *chunk.product.matrix;
+  const Plan& plan = chunk.plan;
+  const int64_t stride = scales_stride(w, plan), touched = (plan.blocks - 1) * plan.block_bytes + plan.read_bytes, copy = rounded_up(touched, 4);
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t i = row - first;
+    float* shifts = chunk.shifts + i * (w.groups + lanes);
+    if (plan.kind == Plan::spread_out) {
+      float* grid = chunk.scratch;
+      read_grid(w, row, grid, shifts, chunk.scratch + w.groups + lanes);
+      for (int64_t lane = 0; lane < plan.blocks * lanes; ++lane) {
+        const int64_t column = lane * plan.per_lane;
+        chunk.scales[i * stride + lane] = column < w.columns ? grid[column / w.group] : 0.0f;
+      }
+    } else {
+      read_grid(w, row, chunk.scales + i * stride, shifts, chunk.scratch);
+    }
+    if (w.levels.kind != Values::none) read_values(w.levels, w.bits, row, chunk.levels + i * 16, chunk.scratch);
+    codes[i] = w.codes + row * w.row_bytes;
+    if (row * w.row_bytes + touched > w.code_bytes) {
+      uint8_t* to = reinterpret_cast<uint8_t*>(chunk.copies) + i * copy;
+      std::memset(to, 0, static_cast<size_t>(copy));
+      std::memcpy(to, codes[i], static_cast<size_t>(w.row_bytes));
+      codes[i] = to;
+    }
+  }
+}
+
+static void multiply_chunk(const Chunk& chunk, int64_t first, int64_t last) {
+  const Product& product = chunk.product;
+  const Coded& w = *product.matrix;
+  const Plan& plan = chunk.plan;
+  const Some some = find_some(w);
+  const int64_t rows = last - first, padded = padded_vectors(product.vectors), stride = scales_stride(w, plan);
+  const uint8_t* codes[chunk_rows];
+  read_chunk(chunk, first, last, codes);
+  for (int64_t i = 0; i < rows * padded; ++i) chunk.sums[i] = 0.0f;
+  for (int64_t block = 0; block < plan.blocks; block += plan.panel) {
+    for (int64_t tile = 0; tile < plan.tiles; ++tile) {
+      for (int64_t row = 0; row < rows;) {
+        Strip strip{};
+        for (int64_t r = 0; r < least(4, rows - row); ++r) {
+          strip.codes[r] = codes[row + r];
+          strip.scales[r] = chunk.scales + (row + r) * stride;
+          strip.levels[r] = chunk.levels + (row + r) * 16;
+        }
+        strip.inputs = chunk.prepared + tile * plan.blocks * plan.block * plan.tile;
+        strip.plan = &plan;
+        strip.first = block;
+        strip.last = least(block + plan.panel, plan.blocks);
+        strip.sums = chunk.sums + row * padded + tile * plan.tile;
+        strip.stride = padded;
+        row += some(strip, rows - row, plan.tile);
+      }
+    }
+  }
+  const float* input_sums = chunk.prepared + padded * plan.blocks * plan.block;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t v = 0; v < product.vectors; ++v) {
+      float value = chunk.sums[row * padded + v];
+      if (w.levels.kind == Values::none) value -= dot(chunk.shifts + row * (w.groups + lanes), input_sums + v * sums_stride(w), w.groups);
+      put_number(product.outputs, v * w.rows + first + row, product.number, value);
+    }
+  }
+}
+
+// Grids that do not meet the lanes: a row is decoded into the cache and multiplied there.
+static void multiply_decoded(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  const Coded& w = *product.matrix;
+  const Plan plan = make_plan(w, product.vectors);
+  float* weights = scratch;
+  const int64_t padded = rounded_up(w.columns, lanes);
+  for (int64_t c = w.columns; c < padded; ++c) weights[c] = 0.0f;
+  for (int64_t row = first; row < last; ++row) {
+    decode_row(w, row, weights, scratch + padded);
+    for (int64_t v = 0; v < product.vectors; ++v) {
+      put_number(product.outputs, v * w.rows + row, product.number, dot(weights, prepared + v * plan.blocks * plan.block, padded));
+    }
+  }
+}
+
+static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  const Coded& w = *product.matrix;
+  const Plan plan = make_plan(w, product.vectors);
+  if (plan.kind == Plan::decode_rows) return multiply_decoded(product, prepared, first, last, scratch);
+  const int64_t rows = grid_rows(plan), touched = rounded_up((plan.blocks - 1) * plan.block_bytes + plan.read_bytes, 4);
+  float* scales = scratch;
+  float* shifts = scales + rows * scales_stride(w, plan);
+  float* levels = shifts + rows * (w.groups + lanes);
+  float* sums = levels + rows * 16;
+  float* copies = sums + rows * padded_vectors(product.vectors);
+  const Chunk chunk{product, plan, prepared, scales, shifts, levels, sums, copies, copies + rows * (touched / 4)};
+  for (int64_t row = first; row < last; row += rows) multiply_chunk(chunk, row, least(row + rows, last));
+}
+
+constexpr Kernels make_kernels(const char* name) {
+  return {name, prepared_floats, prepare, padded_vectors, scratch_floats, multiply, decode};
+}
+
+}  // namespace FEWBITS_ISA
+}  // namespace fewbits

@@ -1,0 +1,67 @@
+// What the kernels see: pointers, sizes and how numbers are written. No torch, no Python.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace fewbits {
+
+enum class Number : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+struct Coded;
+
+// A small table of real numbers [rows, columns] beside the codes: scales, zero points or levels. One row serves all rows.
+struct Values {
+  enum Kind : int {
+    none = 0,    // nothing stored
+    dense = 1,   // numbers of type `number`
+    packed = 2,  // unsigned integers of the codes' width, packed as the codes are
+    coded = 3,   // a coded matrix of its own: the second level of a two-level grid
+    table = 4,   // bytes that look their value up in `lookup[256]`
+  };
+  Kind kind = none;
+  Number number = Number::f32;
+  const void* data = nullptr;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  const float* lookup = nullptr;
+  const Coded* inner = nullptr;
+};
+
+// A matrix [rows, columns] of packed codes: value = (code - zero) * scale, or levels[code] * scale.
+// Every row is a little-endian bit stream that begins at a byte; `group` neighbouring columns share a scale.
+struct Coded {
+  const uint8_t* codes = nullptr;
+  int64_t code_bytes = 0;
+  int64_t row_bytes = 0;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  int bits = 0;
+  int64_t group = 0;
+  int64_t groups = 0;
+  int64_t level_groups = 0;  // 1: one codebook for a row's groups; else one for each group
+  Values levels, scales, zeros;
+};
+
+// outputs[vectors, rows] = inputs[vectors, columns] * matrix^T, both of type `number`.
+struct Product {
+  const Coded* matrix;
+  const void* inputs;
+  void* outputs;
+  int64_t vectors;
+  Number number;
+};
+
+// What one instruction set offers. Every function works on a range and on memory it is handed, so that threads share nothing.
+struct Kernels {
+  const char* name;
+  int64_t (*prepared_floats)(const Product&);                   // room for the inputs in the kernel's order
+  void (*prepare)(const Product&, int64_t vector, float* room);  // one input vector (0 <= vector < padded_vectors)
+  int64_t (*padded_vectors)(int64_t vectors);
+  int64_t (*scratch_floats)(const Coded&, int64_t vectors);  // room that a thread needs for itself
+  void (*multiply)(const Product&, const float* prepared, int64_t first, int64_t last, float* scratch);
+  void (*decode)(const Coded&, int64_t first, int64_t last, void* out, Number number, float* scratch);
+};
+
+constexpr int64_t chunk_rows = 32;  // rows of a matrix that a thread takes at a time
+
+}  // namespace fewbits

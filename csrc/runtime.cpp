@@ -1,0 +1,149 @@
+#include "runtime.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+#include "threads.h"
+
+namespace fewbits {
+
+const Kernels& scalar_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+
+namespace {
+
+std::vector<const Kernels*> find_available() {
+  std::vector<const Kernels*> found;
+#if defined(FEWBITS_AVX512) && defined(FEWBITS_AVX512_ANYWHERE)
+  found.push_back(&avx512_kernels());
+#elif defined(FEWBITS_AVX512)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    found.push_back(&avx512_kernels());
+  }
+#endif
+#if defined(FEWBITS_AVX2)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2_kernels());
+#endif
+  found.push_back(&scalar_kernels());
+  return found;
+}
+
+// Memory of a calling thread that is kept from one product to the next, so that small products ask the system for nothing.
+class Room {
+ public:
+  float* floats(int64_t count) {
+    constexpr int64_t line = 16;
+    if (count + line > size_) {
+      memory_.reset();  // before the new one is asked for
+      memory_.reset(new float[static_cast<size_t>(count + line)]);
+      size_ = count + line;
+    }
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    return memory_.get() + (64 - address % 64) % 64 / 4;
+  }
+
+ private:
+  std::unique_ptr<float[]> memory_;
+  int64_t size_ = 0;
+};
+
+constexpr int64_t part = 1 << 18;  // bytes that a thread reads at a time
+
+thread_local Room prepared_room, scratch_room;
+
+int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+}  // namespace
+
+const std::vector<const Kernels*>& available_kernels() {
+  static const std::vector<const Kernels*> found = find_available();
+  return found;
+}
+
+const Kernels& find_kernels(const std::string& name) {
+  for (const Kernels* kernels : available_kernels()) {
+    if (name == kernels->name) return *kernels;
+  }
+  throw std::invalid_argument("instruction set " + name + " is not available");
+}
+
+void multiply(const Kernels& kernels, const Product& product, int threads) {
+  struct Job {
+    const Kernels& kernels;
+    const Product& product;
+    float* prepared;
+    float* scratch;
+    int64_t scratch_each;
+  };
+  if (product.vectors == 0 || product.matrix->rows == 0) return;
+  threads = std::max(threads, 1);
+  const int64_t each = whole_lines(kernels.scratch_floats(*product.matrix, product.vectors));
+  Job job{kernels, product, prepared_room.floats(kernels.prepared_floats(product)), scratch_room.floats(each * threads), each};
+  const auto prepare = [](void* context, int64_t vector, int) {
+    const Job& job = *static_cast<Job*>(context);
+    job.kernels.prepare(job.product, vector, job.prepared);
+  };
+  const int64_t vectors = kernels.padded_vectors(product.vectors);
+  run_tasks(vectors * product.matrix->columns < (1 << 16) ? 1 : threads, vectors, prepare, &job);
+  const auto work = [](void* context, int64_t task, int worker) {
+    const Job& job = *static_cast<Job*>(context);
+    const int64_t first = task * chunk_rows, last = std::min(first + chunk_rows, job.product.matrix->rows);
+    job.kernels.multiply(job.product, job.prepared, first, last, job.scratch + worker * job.scratch_each);
+  };
+  run_tasks(threads, (product.matrix->rows + chunk_rows - 1) / chunk_rows, work, &job);
+}
+
+void decode(const Kernels& kernels, const Coded& matrix, int64_t first, int64_t last, void* out, Number number, int threads) {
+  struct Job {
+    const Kernels& kernels;
+    const Coded& matrix;
+    int64_t first, last;
+    uint8_t* out;
+    Number number;
+    float* scratch;
+    int64_t scratch_each;
+  };
+  if (first >= last) return;
+  threads = std::max(threads, 1);
+  const int64_t each = whole_lines(kernels.scratch_floats(matrix, 1));
+  Job job{kernels, matrix, first, last, static_cast<uint8_t*>(out), number, scratch_room.floats(each * threads), each};
+  const auto work = [](void* context, int64_t task, int worker) {
+    const Job& job = *static_cast<Job*>(context);
+    const int64_t from = job.first + task * chunk_rows, to = std::min(from + chunk_rows, job.last);
+    const int64_t size = job.number == Number::f32 ? 4 : 2;
+    job.kernels.decode(job.matrix, from, to, job.out + (from - job.first) * job.matrix.columns * size, job.number, job.scratch + worker * job.scratch_each);
+  };
+  run_tasks(threads, (last - first + chunk_rows - 1) / chunk_rows, work, &job);
+}
+
+uint64_t read_pass(const void* data, int64_t bytes, int threads) {
+  struct Job {
+    const uint8_t* data;
+    int64_t bytes;
+    std::vector<uint64_t> found;
+  };
+  const int64_t tasks = (bytes + part - 1) / part;
+  Job job{static_cast<const uint8_t*>(data), bytes, std::vector<uint64_t>(static_cast<size_t>(tasks))};
+  const auto work = [](void* context, int64_t task, int) {
+    Job& job = *static_cast<Job*>(context);
+    const uint8_t* from = job.data + task * part;
+    uint64_t mixed[16] = {};
+    for (int64_t left = std::min(part, job.bytes - task * part); left >= 128; left -= 128, from += 128) {
+      uint64_t words[16];
+      std::memcpy(words, from, 128);
+      for (int i = 0; i < 16; ++i) mixed[i] ^= words[i];
+    }
+    uint64_t all = 0;
+    for (uint64_t word : mixed) all ^= word;
+    job.found[static_cast<size_t>(task)] = all;
+  };
+  run_tasks(std::max(threads, 1), tasks, work, &job);
+  uint64_t all = 0;
+  for (uint64_t word : job.found) all ^= word;
+  return all;
+}
+
+}  // namespace fewbits

@@ -1,0 +1,25 @@
+// Which instruction sets there are, and the work of a product divided among threads.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "matrix.h"
+
+namespace fewbits {
+
+// The instruction sets that were compiled and that this processor has, best first.
+const std::vector<const Kernels*>& available_kernels();
+
+// Raises std::invalid_argument where the name is none of the available ones.
+const Kernels& find_kernels(const std::string& name);
+
+void multiply(const Kernels& kernels, const Product& product, int threads);
+
+// Rows first to last of the matrix, dense, into `out [last - first, columns]`.
+void decode(const Kernels& kernels, const Coded& matrix, int64_t first, int64_t last, void* out, Number number, int threads);
+
+// Reads all bytes and does nothing with them: what memory can give. The result is there so that nothing is left out.
+uint64_t read_pass(const void* data, int64_t bytes, int threads);
+
+}  // namespace fewbits

@@ -1,0 +1,125 @@
+#include "threads.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace fewbits {
+namespace {
+
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+struct Pool {
+  std::mutex running;  // held by the one call that has the pool
+  std::mutex lock;     // guards what follows
+  std::condition_variable wake;
+  std::vector<std::thread> workers;
+  std::atomic<uint64_t> round{0};
+  bool open = false;  // whether a worker that comes now may join
+  int limit = 0;      // workers that may join
+  void (*work)(void*, int64_t, int) = nullptr;
+  void* context = nullptr;
+  int64_t tasks = 0;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> joined{0};
+
+  void take(int worker) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(context, task, worker);
+  }
+
+  [[noreturn]] void serve(int worker) {
+    uint64_t seen = 0;
+    for (;;) {
+      // Between the products of one model there are microseconds: a short watch saves a slow waking.
+      for (int i = 0; i < 4000 && round.load(std::memory_order_acquire) == seen; ++i) pause();
+      {
+        std::unique_lock<std::mutex> held(lock);
+        wake.wait(held, [&] { return round.load(std::memory_order_relaxed) != seen; });
+        seen = round.load(std::memory_order_relaxed);
+        if (!open || worker > limit) continue;
+        joined.fetch_add(1, std::memory_order_relaxed);
+      }
+      take(worker);
+      joined.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  void run(int threads) {
+    {
+      std::lock_guard<std::mutex> held(lock);
+      while (static_cast<int>(workers.size()) < threads - 1) {
+        const int worker = static_cast<int>(workers.size()) + 1;
+        try {
+          workers.emplace_back([this, worker] { serve(worker); });
+        } catch (const std::system_error&) {  // the system gives no more threads: those that there are do the work
+          break;
+        }
+      }
+      open = true;
+      limit = threads - 1;
+      next.store(0, std::memory_order_relaxed);
+      round.fetch_add(1, std::memory_order_release);
+    }
+    wake.notify_all();
+    take(0);
+    std::unique_lock<std::mutex> held(lock);
+    open = false;  // who has not come yet is not waited for
+    held.unlock();
+    for (int waits = 0; joined.load(std::memory_order_acquire) != 0; ++waits) {
+      if (waits < 2000) pause();
+      else std::this_thread::yield();
+    }
+  }
+};
+
+std::atomic<Pool*> pool{nullptr};
+
+// Threads do not survive a fork: the child starts a pool of its own, and the memory of its parent's is left as it was.
+void forget() { pool.store(nullptr); }
+
+Pool& the_pool() {
+  Pool* found = pool.load();
+  if (found == nullptr) {
+#if defined(__unix__) || defined(__APPLE__)
+    static const int watched = pthread_atfork(nullptr, nullptr, forget);
+    (void)watched;
+#endif
+    Pool* made = new Pool;  // never deleted: its threads sleep until the process ends
+    if (pool.compare_exchange_strong(found, made)) return *made;
+    delete made;
+  }
+  return *found;
+}
+
+}  // namespace
+
+void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t, int), void* context) {
+  if (threads > tasks) threads = static_cast<int>(tasks);
+  if (threads > 1) {
+    Pool& shared = the_pool();
+    std::unique_lock<std::mutex> mine(shared.running, std::try_to_lock);
+    if (mine.owns_lock()) {
+      shared.work = work;
+      shared.context = context;
+      shared.tasks = tasks;
+      shared.run(threads);
+      return;
+    }
+  }
+  for (int64_t task = 0; task < tasks; ++task) work(context, task, 0);
+}
+
+}  // namespace fewbits

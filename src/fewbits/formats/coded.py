@@ -1,0 +1,45 @@
+"""What terms of packed codes share: kernels that read the codes as they are stored, and the definition in plain torch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from fewbits.core.tensor import Term
+from fewbits.kernels import dispatch
+from fewbits.kernels.layout import ABSENT, Description, dense, nested
+
+
+class Coded(Term):
+    """A term whose values kernels can compute from its codes. The definition is `define`; kernels agree with it."""
+
+    @abstractmethod
+    def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense matrix [rows, columns] in plain torch: what every kernel is compared with."""
+
+    @abstractmethod
+    def described(self) -> Description | None:
+        """The term as kernels read it; None where none can."""
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        found = dispatch.decode(self.described(), dtype)
+        return self.define(dtype) if found is None else found
+
+    def matmul(self, inputs: Tensor) -> Tensor:
+        found = dispatch.multiply(self.described(), inputs)
+        return inputs @ self.define(inputs.dtype).T if found is None else found
+
+
+def describe_numbers(stored: Tensor | Term | None) -> Description | None:
+    """Scales, zero points or levels that are numbers, a term of codes, or another term, which is decoded here.
+
+    None where kernels do not read them.
+    """
+    if stored is None:
+        return ABSENT
+    if isinstance(stored, Coded):
+        inner = stored.described()
+        return None if inner is None else nested(inner)
+    return dense(stored.decode() if isinstance(stored, Term) else stored)

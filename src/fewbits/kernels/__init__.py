@@ -1,0 +1,1 @@
+"""Kernels that compute with packed codes; plain torch is their definition."""

@@ -1,0 +1,99 @@
+"""Who computes: a native kernel where one serves the tensors at hand, or nobody, and the caller's torch definition does.
+
+The kernels are the custom operators `fewbits::multiply` and `fewbits::decode`, so that torch.compile keeps one graph.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.kernels import native
+from fewbits.kernels.layout import Description
+
+FEW_VECTORS = 32  # up to which codes are read as they are; above, a matrix product on decoded weights is faster
+_TILE_BYTES = 16 * 2**20  # of decoded weights that are in memory at once
+
+counts: Counter[str] = Counter()  # how often each path computed in this process: "multiply", "decode", "definition"
+
+
+def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
+    """`inputs [..., columns] @ W.T` in the dtype of the inputs; None where the definition must serve.
+
+    It must where gradients are asked for, on other devices, and where no kernel was built.
+    """
+    if matrix is None or not _serves(matrix, inputs.dtype, (inputs, *matrix.tensors)):
+        return None
+    if inputs.shape[-1] != matrix.layout[1]:
+        return None  # the definition says what is wrong
+    if inputs.numel() <= FEW_VECTORS * inputs.shape[-1]:
+        plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
+        return _multiply(inputs, matrix.tensors, matrix.layout) if plain else _multiply_op(inputs, matrix.tensors, matrix.layout)
+    rows, columns = matrix.layout[:2]
+    step = max(1, _TILE_BYTES // (columns * inputs.element_size()))
+    parts = [inputs @ _rows(matrix, first, min(first + step, rows), inputs.dtype).T for first in range(0, rows, step)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def decode(matrix: Description | None, dtype: torch.dtype) -> Tensor | None:
+    """W `[rows, columns]`, bit for bit as the definition has it; None where the definition must serve."""
+    if matrix is None or not _serves(matrix, dtype, matrix.tensors):
+        return None
+    return _rows(matrix, 0, matrix.layout[0], dtype)
+
+
+def _rows(matrix: Description, first: int, last: int, dtype: torch.dtype) -> Tensor:
+    plain = type(matrix.tensors[0]) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    function = _decode if plain else _decode_op
+    return function(matrix.tensors, matrix.layout, first, last, dtype)
+
+
+def _serves(matrix: Description, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> bool:
+    usable = min(matrix.layout[:2]) > 0 and native.number(dtype) is not None and _native_is_chosen()
+    usable = usable and all(tensor.device.type == "cpu" for tensor in tensors) and all(tensor.is_contiguous() for tensor in matrix.tensors)
+    usable = usable and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    if not usable and not torch.compiler.is_compiling():
+        counts["definition"] += 1
+    return usable
+
+
+@torch.compiler.assume_constant_result
+def _native_is_chosen() -> bool:
+    return native.extension() is not None and native.chosen() is not None
+
+
+def _multiply(inputs: Tensor, tensors: list[Tensor] | tuple[Tensor, ...], layout: list[int] | tuple[int, ...]) -> Tensor:
+    isa = native.chosen()
+    assert isa is not None
+    counts["multiply"] += 1
+    return native.multiply(isa, tensors, layout, inputs)
+
+
+def _decode(
+    tensors: list[Tensor] | tuple[Tensor, ...], layout: list[int] | tuple[int, ...], first: int, last: int, dtype: torch.dtype
+) -> Tensor:
+    isa = native.chosen()
+    assert isa is not None
+    counts["decode"] += 1
+    return native.decode(isa, tensors, layout, (first, last), dtype)
+
+
+_LIBRARY = torch.library.Library("fewbits", "DEF")
+_LIBRARY.define("multiply(Tensor inputs, Tensor[] tensors, int[] layout) -> Tensor")
+_LIBRARY.define("decode(Tensor[] tensors, int[] layout, int first, int last, ScalarType dtype) -> Tensor")
+_LIBRARY.impl("multiply", _multiply, "CPU")
+_LIBRARY.impl("decode", _decode, "CPU")
+_multiply_op = torch.ops.fewbits.multiply.default
+_decode_op = torch.ops.fewbits.decode.default
+
+
+@torch.library.register_fake("fewbits::multiply", lib=_LIBRARY)
+def _shape_of_product(inputs: Tensor, tensors: list[Tensor], layout: list[int]) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], layout[0])
+
+
+@torch.library.register_fake("fewbits::decode", lib=_LIBRARY)
+def _shape_of_rows(tensors: list[Tensor], layout: list[int], first: int, last: int, dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty(last - first, layout[1], dtype=dtype)

@@ -1,0 +1,102 @@
+"""The compiled kernels, where they were built: which there are, and calls of them with tensors."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import InputError
+
+try:
+    from fewbits.kernels import _native as _extension  # type: ignore[attr-defined]
+except ImportError:
+    _extension = None
+
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512")  # every name that FEWBITS_FORCE_ISA may hold
+UNPROVEN = ("avx512",)  # whose instructions no test has run yet: taken where FEWBITS_FORCE_ISA asks for them, and nowhere else
+_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def extension() -> ModuleType | None:
+    """The compiled module; None, said once, where the package was installed without a compiler."""
+    if _extension is None:
+        _say_once()
+    return _extension
+
+
+@cache
+def _say_once() -> None:
+    if os.environ.get("FEWBITS_FORCE_ISA", "") != "none":
+        warnings.warn(
+            "fewbits runs without its native kernels, slower: installing it where a C++17 compiler is at hand builds them", stacklevel=2
+        )
+
+
+def available() -> tuple[str, ...]:
+    """Instruction sets that were compiled and that this processor has, best first; none without the extension."""
+    return () if _extension is None else tuple(_extension.available())
+
+
+def chosen() -> str | None:
+    """The instruction set that kernels run with; None for the torch definitions.
+
+    FEWBITS_FORCE_ISA overrides: one of `INSTRUCTION_SETS`, or `none` for the torch definitions. Raises InputError for another name,
+    or one that this processor or build does not have.
+    """
+    return _choose(os.environ.get("FEWBITS_FORCE_ISA", ""))
+
+
+@cache
+def _choose(forced: str) -> str | None:
+    found = available()
+    if forced in ("", "none"):
+        return next((isa for isa in found if isa not in UNPROVEN and not forced), None)
+    if forced not in INSTRUCTION_SETS:
+        raise InputError(f"FEWBITS_FORCE_ISA={forced!r} is not known; none, {', '.join(INSTRUCTION_SETS)} would be right")
+    if forced not in found:
+        there = f"{', '.join(found)} or none" if found else "none, as the native kernels were not built,"
+        raise InputError(f"FEWBITS_FORCE_ISA={forced} cannot run on this machine; {there} would be right")
+    return forced
+
+
+def number(dtype: torch.dtype) -> int | None:
+    """How kernels call a dtype; None where they cannot read it."""
+    return _NUMBERS.get(dtype)
+
+
+def multiply(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], inputs: Tensor) -> Tensor:
+    """`inputs [..., columns] @ W.T`, W `[rows, columns]` described by `layout` (see `layout.py`), in the dtype of the inputs.
+
+    Raises ValueError where the tensors do not have the sizes that the layout says.
+    """
+    assert _extension is not None
+    inputs = inputs.contiguous()
+    outputs = inputs.new_empty(*inputs.shape[:-1], layout[0])
+    vectors = inputs.numel() // layout[1]
+    addresses = inputs.data_ptr(), outputs.data_ptr()
+    _extension.multiply(isa, layout, _buffers(tensors), *addresses, vectors, _NUMBERS[inputs.dtype], torch.get_num_threads())
+    return outputs
+
+
+def decode(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Rows first to last (not included) of the matrix, dense `[last - first, columns]`."""
+    assert _extension is not None
+    outputs = torch.empty(rows[1] - rows[0], layout[1], dtype=dtype)
+    _extension.decode(isa, layout, _buffers(tensors), *rows, outputs.data_ptr(), _NUMBERS[dtype], torch.get_num_threads())
+    return outputs
+
+
+def read_pass(tensor: Tensor) -> int:
+    """Reads every byte of a contiguous tensor, as fast as memory gives them."""
+    assert _extension is not None
+    return int(_extension.read_pass(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads()))
+
+
+def _buffers(tensors: Sequence[Tensor]) -> list[int]:
+    return [number for tensor in tensors for number in (tensor.data_ptr(), tensor.nbytes)]

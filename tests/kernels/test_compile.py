@@ -1,0 +1,37 @@
+"""The operators in torch's own eyes: one graph, the right shapes."""
+
+import pytest
+import torch
+
+from fewbits.core.tensor import CompressedTensor
+from fewbits.formats.uniform import Uniform
+from fewbits.kernels import dispatch, native
+from fewbits.layers.linear import CompressedLinear, StoredLinear
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+
+
+def term() -> Uniform:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (12, 64), generator=generator)
+    scales, zeros = torch.rand(12, 4, generator=generator).half() + 0.1, torch.randint(16, (12, 4), generator=generator)
+    return Uniform.from_codes(codes, scales, zeros, bits=4, group_size=16)
+
+
+def test_a_compiled_layer_is_one_graph_and_runs_the_kernel():
+    layer = CompressedLinear(StoredLinear(CompressedTensor((term(),))), torch.randn(12))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for vectors in (1, 5, 40):
+            inputs, before = torch.randn(vectors, 64), dispatch.counts.copy()
+            torch.testing.assert_close(compiled(inputs), layer(inputs))
+            name = "multiply" if vectors <= dispatch.FEW_VECTORS else "decode"
+            assert dispatch.counts[name] == before[name] + 2  # once compiled, once not
+
+
+def test_the_operators_pass_torchs_checks():
+    matrix = term().described()
+    tensors, layout = list(matrix.tensors), list(matrix.layout)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.fewbits.multiply.default, (torch.randn(2, 3, 64), tensors, layout), test_utils=checks)
+    torch.library.opcheck(torch.ops.fewbits.decode.default, (tensors, layout, 2, 9, torch.bfloat16), test_utils=checks)
