@@ -1,6 +1,6 @@
 """Every weight method on the built-in language model at about 4, 3 and 2 true bits, and smoothquant at 8.
 
-    python benchmarks/methods_on_tiny_lm.py [NAME ...] [--samples 64] [--windows 64] [--length 256]
+    python benchmarks/methods_on_tiny_lm.py [NAME ...] [--missing] [--samples 64] [--windows 64] [--length 256]
 
 Writes results/<family>/<method>.json: true bits with their breakdown, perplexity, KL, the paired difference to the dense
 model and to round-to-nearest at the same width, seconds and peak memory. rtn and gptq are measured over all group sizes, so
@@ -76,6 +76,9 @@ SETTINGS = {
         {"branch_rank": 0, "smooth": "none"},
         {"branch_rank": 0, "group_size": 16},
         {"feedback": True},
+        {"branch_rank": 0, "group_size": 16, "activation_group": 64},
+        {"branch_rank": 0, "smooth": "none", "group_size": 16, "activation_group": 64},
+        {"branch_rank": 0, "group_size": 16, "activation_group": 64, "feedback": True},
     ],
     "lord": [{"share": share, "decomposition": kind} for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4) for kind in ("outputs", "svd")]
     + [{"share": 0.8, "factor_bits": 8}],
@@ -134,9 +137,16 @@ def measure(name: str, settings: dict, sizes: dict, folder: Path) -> dict:
     return row | {key: measured[key] for key in ("versions", "machine")} | {"family": get_method(name).family()}
 
 
+def _known(name: str, sizes: dict) -> dict[str, dict]:
+    """The rows of the result that were measured with these sizes, by their settings."""
+    found = [json.loads(path.read_text()) for path in Path("results").glob(f"*/{name}.json")]
+    return {json.dumps(row["settings"]): row for result in found if result["settings"] == sizes for row in result["rows"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--missing", action="store_true", help="Measure only what the result lacks, and keep its other rows.")
     parser.add_argument("--row", nargs=2, help=argparse.SUPPRESS)
     for name, default in (("samples", 64), ("windows", 64), ("length", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -148,14 +158,19 @@ def main() -> None:
     options = [f"--{name}={value}" for name, value in sizes.items()]
     with tempfile.TemporaryDirectory() as temporary:
         for name in arguments.names:
-            rows = []
+            known, shared, rows = _known(name, sizes) if arguments.missing else {}, {}, []
             for settings in SETTINGS[name]:
+                if json.dumps(settings) in known:
+                    rows.append(known[json.dumps(settings)])
+                    continue
                 command = [sys.executable, __file__, name, *options, "--row", json.dumps(settings), temporary]
                 output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 row = json.loads(output.splitlines()[-1])
                 shared = {key: row.pop(key) for key in ("versions", "machine", "family")}
                 rows.append(row)
                 print(f"{name:12}{row['bits_per_weight']:8.3f}{row['perplexity']:10.3f}{row['kl_mean']:9.4f}  {settings}", flush=True)
+            if not shared:
+                continue
             path = Path("results") / shared.pop("family") / f"{name}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             head = {"method": name, "model": MODEL, "settings": sizes} | shared

@@ -127,18 +127,6 @@ class GradientMethod(Method, ABC):
 
 
 @dataclass(frozen=True)
-class Profile:
-    """How much the next token's loss rises, in nats, when a method's `trial` stands in for a few layers and all others are dense.
-
-    `unit`: what is replaced together, a layer, all layers of a block, or all of one name in all blocks; the rise is divided
-    evenly between them. The loss is that of the first `windows` of the calibration text.
-    """
-
-    unit: Literal["layer", "block", "type"]
-    windows: int = 8
-
-
-@dataclass(frozen=True)
 class Stacking:
     """How the terms of all layers are ranked once the last block is stored, so that any number of them can be loaded.
 
@@ -149,6 +137,18 @@ class Stacking:
     order: Literal["average", "random"] = "average"
     windows: int = 8
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much the next token's loss rises, in nats, when a method's `trial` stands in for a few layers and all others are dense.
+
+    `unit`: what is replaced together, a layer, all layers of a block, or all of one name in all blocks; the rise is divided
+    evenly between them. The loss is that of the first `windows` of the calibration text.
+    """
+
+    unit: Literal["layer", "block", "type"]
+    windows: int = 8
 
 
 class LayerMethod(GradientMethod, ABC):
@@ -182,10 +182,6 @@ class LayerMethod(GradientMethod, ABC):
         """
         return {}
 
-    def stacking(self) -> Stacking | None:
-        """How the layers' terms are ranked (pipeline/stack.py) where any prefix of them is a tensor, or None."""
-        return None
-
     def profiling(self) -> Profile | None:
         """What is measured before `plan` (pipeline/profile.py), where it comes as each layer's sensitivity; None: nothing."""
         return None
@@ -193,6 +189,10 @@ class LayerMethod(GradientMethod, ABC):
     def trial(self, weight: Tensor) -> CompressedTensor:
         """What stands in for a layer with `weight [out, in]` while `profiling` measures."""
         raise NotImplementedError(f"{self.name()} asks for a profile, but not of what")
+
+    def stacking(self) -> Stacking | None:
+        """How the layers' terms are ranked (pipeline/stack.py) where any prefix of them is a tensor, or None."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -327,26 +327,6 @@ class TrainingMethod(Method, ABC):
     @abstractmethod
     def finish(self, model: nn.Module) -> nn.Module:
         """The trained model in eval mode, with what is stored in its place."""
-
-
-class CacheState(ABC):
-    """One layer's keys and values in few bits."""
-
-    @abstractmethod
-    def append(self, keys: Tensor, values: Tensor) -> None: ...
-
-    @abstractmethod
-    def read(self) -> tuple[Tensor, Tensor]: ...
-
-    @abstractmethod
-    def bits(self) -> dict[str, int]: ...
-
-
-class CacheMethod(Method, ABC):
-    """Opens compressed key-value caches."""
-
-    @abstractmethod
-    def open(self, shape: tuple[int, ...]) -> CacheState: ...
 
 
 class AllocationMethod(Method, ABC):

@@ -79,9 +79,10 @@ def test_on_the_built_in_model_it_loses_least_with_all_parts():
     model = fewbits.load("builtin:tiny-lm")
     windows = fewbits.TextSample("builtin:heldout", 4, 192).windows(open_model("builtin:tiny-lm").tokenizer())
     full = Gear(group_size=32, buffer=32)
-    methods = [full, replace(full, outliers=0.0), replace(full, prompt_rank=0, rank=0), Kivi(bits=2, group_size=32, residual=32)]
+    plain = replace(full, prompt_rank=0, rank=0, outliers=0.0)
+    methods = [full, replace(full, outliers=0.0), replace(full, prompt_rank=0, rank=0), plain, Kivi(bits=2, group_size=32, residual=32)]
     kl = [float(score_cache(model, windows, lambda one=one: caches.open(model, one), prompt=160)[0].forward_kl.mean()) for one in methods]
-    assert kl[0] < min(kl[1:3]) and max(kl[1:3]) < kl[3]
+    assert kl[0] < min(kl[1:3]) and max(kl[1:3]) < kl[3] and kl[0] < kl[4]
 
 
 @pytest.mark.parametrize(
