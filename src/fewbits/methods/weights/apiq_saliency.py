@@ -36,7 +36,7 @@ class ApiqSaliency(BlockMethod):
     adapter_bits: float = 0.5
     alpha: float = 16.0
     saliency: Literal["fisher", "none", "permuted"] = "fisher"  # S; "none": ones; "permuted": shuffled within each matrix
-    weight: float = 0.01
+    weight: float = 0.1
     penalized: Literal["before_lora", "after_lora"] = "before_lora"
     stages: Literal["mixed", "weights first", "output last"] = "mixed"
     clip_rate: float = 2e-2
