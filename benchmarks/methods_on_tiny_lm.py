@@ -97,7 +97,7 @@ SETTINGS = {
     ],
     "lq_lora": [{}, {"weighting": "none"}, {"iterations": 0, "weighting": "none"}, {"budget": 2.5}],
     "apiq": [{}, {"adapter_rate": 0.0}, {"clip_rate": 0.0}, {"steps": 0}],
-    "apiq_saliency": [{}, {"saliency": "none"}],
+    "apiq_saliency": [{}, {"weight": 0.01}, {"weight": 0.01, "saliency": "none"}],
     "smoothquant": [{"bits": 8}, {"bits": 8, "granularity": "static"}],
 }
 KEPT = (

@@ -20,5 +20,5 @@ def measured(family: str, name: str) -> list[dict[str, Any]]:
         path = folder / family / f"{name}.json"
         if path.is_file():
             rows = json.loads(path.read_text())["rows"]
-            return [row for row in rows if _FIELDS <= row.keys()]
+            return [row for row in rows if row.keys() >= _FIELDS]
     return []

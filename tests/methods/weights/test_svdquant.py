@@ -123,19 +123,19 @@ def test_the_loop_stops_at_the_first_rise_and_keeps_the_best():
 
 @pytest.mark.slow
 def test_both_parts_are_needed_in_the_layers_of_a_real_model():
-    layers, wins = real_layers((1, 5)), []
+    layers, wins = real_layers((1, 5), count=24), []
     for weight, inputs, heldout in layers.values():
         statistics = Statistics(Hessian(weight.shape[1]), Ranges(weight.shape[1]), Sample(weight.shape[1]), tokens=len(inputs))
         for one in statistics:
             one.update(inputs)
-        method = Svdquant(exponent_step=0.2, iterations=8)
+        method = Svdquant(exponent_step=0.1, iterations=8)
         both, smoothing, branch, naive = (
             lost(replace(method, **options), (weight, statistics, heldout))
             for options in ({}, {"branch_rank": 0}, {"smooth": "none"}, {"branch_rank": 0, "smooth": "none"})
         )
         wins.append((both < smoothing, smoothing < naive, both < branch))
     shares = torch.tensor(wins).float().mean(0)
-    assert len(layers) == 14 and bool((shares >= 0.9).all()), shares
+    assert len(layers) == 14 and bool((shares >= 0.9).all()), (shares, wins)
 
 
 def test_the_branch_reads_unrounded_inputs():
