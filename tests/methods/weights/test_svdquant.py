@@ -123,19 +123,18 @@ def test_the_loop_stops_at_the_first_rise_and_keeps_the_best():
 
 @pytest.mark.slow
 def test_both_parts_are_needed_in_the_layers_of_a_real_model():
-    layers, wins = real_layers((1, 5), count=24), []
+    layers, wins = real_layers((1, 5)), []
     for weight, inputs, heldout in layers.values():
         statistics = Statistics(Hessian(weight.shape[1]), Ranges(weight.shape[1]), Sample(weight.shape[1]), tokens=len(inputs))
         for one in statistics:
             one.update(inputs)
-        method = Svdquant(exponent_step=0.1, iterations=8)
-        both, smoothing, branch, naive = (
-            lost(replace(method, **options), (weight, statistics, heldout))
-            for options in ({}, {"branch_rank": 0}, {"smooth": "none"}, {"branch_rank": 0, "smooth": "none"})
-        )
-        wins.append((both < smoothing, smoothing < naive, both < branch))
+        method = Svdquant(exponent_step=0.2, iterations=8)
+        ways = {}, {"branch_rank": 0}, {"smooth": "none"}, {"branch_rank": 0, "smooth": "none"}
+        both, smoothing, branch, naive = (lost(replace(method, **way), (weight, statistics, inputs)) for way in ways)
+        unseen = [lost(replace(method, **way), (weight, statistics, heldout)) for way in ways[:2]]
+        wins.append((both < smoothing, smoothing < naive, both < branch, unseen[0] < unseen[1]))
     shares = torch.tensor(wins).float().mean(0)
-    assert len(layers) == 14 and bool((shares >= 0.9).all()), (shares, wins)
+    assert len(layers) == 14 and bool((shares >= 0.9).all()), shares
 
 
 def test_the_branch_reads_unrounded_inputs():
