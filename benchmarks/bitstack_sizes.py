@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from methods_on_tiny_lm import KEPT, MODEL
 
 import fewbits
 from fewbits.core.record import make_record, peak_memory
@@ -24,19 +25,8 @@ from fewbits.layers.linear import CompressedLinear
 from fewbits.methods.weights.bitstack import Bitstack
 from fewbits.models.source import ModelSource, open_model
 
-MODEL = "builtin:tiny-lm"
 BLOCKS = 5
 BITS = (2.0, 2.25, 2.5, 3.0, 3.25, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)
-KEPT = (
-    "perplexity",
-    "perplexity_stderr",
-    "reference_perplexity",
-    "kl_mean",
-    "kl_p99",
-    "top1_agreement",
-    "delta_loss",
-    "delta_loss_interval",
-)
 
 
 def compressed(folder: Path, order: str, sizes: dict) -> dict:

@@ -12,6 +12,8 @@ import json
 import time
 from pathlib import Path
 
+from methods_on_tiny_lm import KEPT, MODEL
+
 import fewbits
 from fewbits import caches
 from fewbits.core.record import make_record
@@ -19,7 +21,6 @@ from fewbits.evaluation.caches import by_position, score_cache
 from fewbits.evaluation.fidelity import summarize
 from fewbits.models.source import open_model
 
-MODEL = "builtin:tiny-lm"
 GEAR_PARTS = [{}, {"outliers": 0.0}, {"rank": 0, "prompt_rank": 0}, {"rank": 0, "prompt_rank": 0, "outliers": 0.0}, {"rank": 0}]
 SETTINGS = {
     "kivi": [{"bits": bits, "group_size": size, "residual": 32} for bits in (4, 3, 2, 1) for size in (8, 32)],
@@ -27,16 +28,6 @@ SETTINGS = {
     + [{"bits": 2, "group_size": 32, "residual": 32, "rotate": False}],
     "gear": [{"group_size": 32, "buffer": 32, **parts} for parts in GEAR_PARTS] + [{}, {"layout": "kcvt", "rank": 0}, {"bits": 3}],
 }
-KEPT = (
-    "perplexity",
-    "perplexity_stderr",
-    "reference_perplexity",
-    "kl_mean",
-    "kl_p99",
-    "top1_agreement",
-    "delta_loss",
-    "delta_loss_interval",
-)
 
 
 def measure(model, windows, name: str, settings: dict, prompt: int) -> dict:

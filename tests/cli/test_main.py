@@ -1,26 +1,11 @@
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fewbits.cli.main import main
 from fewbits.models.source import open_model
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the program as typed: exit status, standard output, standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fewbits", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def test_methods_and_show_speak_json_and_prose(run):

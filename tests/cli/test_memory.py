@@ -5,7 +5,6 @@ import sys
 import pytest
 
 import fewbits
-from fewbits.cli.main import main
 from fewbits.export.checkpoint import read_stack
 from fewbits.methods.weights.bitstack import Bitstack
 
@@ -16,19 +15,6 @@ def folder(tmp_path_factory):
     sample = fewbits.TextSample(count=2, length=32)
     record = fewbits.compress("builtin:tiny-lm", Bitstack(blocks=2, order="random"), output, calibration=sample, probe=None)
     return output, record["results"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the program as typed: exit status, standard output, standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fewbits", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit:
-            main()
-        return exit.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def test_evaluate_and_generate_take_a_size(run, folder):

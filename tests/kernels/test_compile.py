@@ -33,5 +33,8 @@ def test_the_operators_pass_torchs_checks():
     matrix = term().described()
     tensors, layout = list(matrix.tensors), list(matrix.layout)
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.fewbits.multiply.default, (torch.randn(2, 3, 64), tensors, layout), test_utils=checks)
-    torch.library.opcheck(torch.ops.fewbits.decode.default, (tensors, layout, 2, 9, torch.bfloat16), test_utils=checks)
+    found = [
+        torch.library.opcheck(torch.ops.fewbits.multiply.default, (torch.randn(2, 3, 64), tensors, layout), test_utils=checks),
+        torch.library.opcheck(torch.ops.fewbits.decode.default, (tensors, layout, 2, 9, torch.bfloat16), test_utils=checks),
+    ]
+    assert found == [dict.fromkeys(checks, "SUCCESS")] * 2

@@ -61,7 +61,7 @@ def grid_size(term: Term) -> Tensor:
     return reach.amax(1, keepdim=True).double().expand(term.rows, 1)
 
 
-def agrees(term, inputs: Tensor) -> None:
+def assert_agrees(term, inputs: Tensor) -> None:
     before = dispatch.counts["multiply"]
     found = term.matmul(inputs)
     assert dispatch.counts["multiply"] == before + 1  # a kernel ran
@@ -97,7 +97,7 @@ def test_uniform_products_agree(bits, zeros, dtype, input_dtype, shared, shape):
     with pytest.MonkeyPatch.context() as patch:
         for name in TESTED:
             patch.setenv("FEWBITS_FORCE_ISA", name)
-            agrees(term, inputs)
+            assert_agrees(term, inputs)
 
 
 # Every path of the lanes at every width: whole rows, groups of many blocks, of parts of one, of neither, of single columns.
@@ -107,7 +107,7 @@ def test_every_width_meets_every_grid(isa, bits, columns, group_size):
     for vectors in (1, 3, 8):
         for rows, zeros in ((1, "symmetric"), (6, "integer"), (37, "real")):
             term = uniform(bits, rows, columns, group_size, zeros)
-            agrees(term, torch.randn(vectors, columns, generator=sample(1)))
+            assert_agrees(term, torch.randn(vectors, columns, generator=sample(1)))
 
 
 @settings(deadline=None, max_examples=40)
@@ -125,7 +125,7 @@ def test_codebook_products_agree(bits, level_rows, level_groups, scaled, shape):
     with pytest.MonkeyPatch.context() as patch:
         for name in TESTED:
             patch.setenv("FEWBITS_FORCE_ISA", name)
-            agrees(term, torch.randn(vectors, columns, generator=generator))
+            assert_agrees(term, torch.randn(vectors, columns, generator=generator))
 
 
 @pytest.mark.parametrize("layout", [E2M1, E4M3, Layout(2, 3), Layout(3, 2)])
@@ -136,7 +136,7 @@ def test_minifloat_products_agree(isa, layout, scale_format):
         term = Minifloat.round_to_nearest(weight, layout, block_size=block, scale_format=scale_format)
         assert torch.equal(term.decode(), term.define())
         for vectors in (1, 5):
-            agrees(term, torch.randn(vectors, 200, generator=sample(1)))
+            assert_agrees(term, torch.randn(vectors, 200, generator=sample(1)))
 
 
 def test_scales_of_a_second_level(isa):
@@ -145,7 +145,7 @@ def test_scales_of_a_second_level(isa):
     zeros = uniform(4, 9, 12, None, "symmetric", seed=2)
     term = Uniform.from_codes(codes, scales, zeros, bits=3, group_size=16)
     assert torch.equal(term.decode(), term.define())
-    agrees(term, torch.randn(2, 192, generator=sample(3)))
+    assert_agrees(term, torch.randn(2, 192, generator=sample(3)))
 
 
 @settings(deadline=None, max_examples=60)
@@ -261,7 +261,8 @@ assert all(torch.equal(one, torch.tensor([[-10.0, 6.0]])) for one in found), fou
 assert native.available() == () and not dispatch.counts["multiply"]
 assert [str(one.message)[:46] for one in said] == ["fewbits runs without its native kernels, slowe"], said
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_sizes_that_do_not_fit_are_refused_before_anything_is_read(isa):
