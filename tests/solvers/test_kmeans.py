@@ -52,6 +52,14 @@ def test_merged_runs_lose_next_to_nothing():
     assert float(gap.max()) < 1.01 and float(gap.median()) < 1.001
 
 
+def test_values_without_weight_change_no_level():
+    values, weights = rows(4, 600)
+    weights[:, ::50] = 0
+    moved = values.clone()
+    moved[:, ::50] *= 3
+    assert torch.equal(cluster_rows(moved, weights, 8), cluster_rows(values, weights, 8))
+
+
 def test_values_far_out_get_runs_of_their_own():
     """Student t with 3 degrees of freedom: merged with its neighbours the largest value would hide that it needs a level."""
     generator = torch.Generator().manual_seed(0)

@@ -19,8 +19,8 @@ def cluster_rows(values: Tensor, weights: Tensor, count: int, *, bins: int = 128
 
     `values` and `weights` are `[rows, columns]`, weights zero or more. A row's sorted values are merged into `bins` runs (each
     value its own run where there are no more), whose best clustering is found exactly; Lloyd's iteration on the values
-    themselves follows. Where a row has fewer different values than levels, levels repeat. A row of zero weights counts all
-    values alike. Raises InputError for shapes that differ, a negative weight, or a count below 1.
+    themselves follows. Where a row has fewer different values than levels, levels repeat. Values without weight change nothing; a
+    row of zero weights counts all values alike. Raises InputError for shapes that differ, a negative weight, or a count below 1.
     """
     if values.shape != weights.shape or values.ndim != 2 or count < 1:
         raise InputError(f"values {list(values.shape)}, weights {list(weights.shape)} and {count} levels do not fit")
@@ -29,7 +29,8 @@ def cluster_rows(values: Tensor, weights: Tensor, count: int, *, bins: int = 128
     found = []
     for part, share in zip(values.split(_ROWS), weights.split(_ROWS), strict=True):
         share = torch.where(share.sum(1, keepdim=True) > 0, share, 1.0)
-        ordered, order = part.double().sort(dim=1)
+        highest = torch.where(share > 0, part, -torch.inf).amax(1, keepdim=True)
+        ordered, order = torch.where(share > 0, part, highest).double().sort(dim=1)  # what has no weight has no say
         shared = share.double().gather(1, order)
         levels = _lloyd(ordered, shared, exact_levels(*_runs(ordered, shared, bins), count), iterations)
         found.append(levels.float())
@@ -69,7 +70,8 @@ def _runs(ordered: Tensor, weights: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     gaps = ordered.diff(dim=1)
     gaps = torch.cat([gaps[:, :1], gaps], dim=1) + torch.cat([gaps, gaps[:, -1:]], dim=1)
     density = weights.clamp(min=0).pow(1 / 3) * gaps.pow(2 / 3)
-    density = density / density.sum(1, keepdim=True).clamp(min=1e-300) + 1 / columns
+    counted = (weights > 0).double()
+    density = density / density.sum(1, keepdim=True).clamp(min=1e-300) + counted / counted.sum(1, keepdim=True)
     run = (density.cumsum(1) / density.sum(1, keepdim=True) * bins).long().clamp(max=bins - 1)
     mass = torch.zeros(rows, bins, dtype=ordered.dtype).scatter_add_(1, run, weights)
     moment = torch.zeros(rows, bins, dtype=ordered.dtype).scatter_add_(1, run, weights * ordered)
