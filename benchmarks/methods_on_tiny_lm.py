@@ -99,6 +99,18 @@ SETTINGS = {
     "apiq": [{}, {"adapter_rate": 0.0}, {"clip_rate": 0.0}, {"steps": 0}],
     "apiq_saliency": [{}, {"weight": 0.01}, {"weight": 0.01, "saliency": "none"}],
     "smoothquant": [{"bits": 8}, {"bits": 8, "granularity": "static"}],
+    "comet": [
+        *(
+            {"block_size": 32, "weights": kind} | change
+            for kind in ("gptq", "rtn")
+            for change in ({"activation_bits": 8}, {}, {"outlier_bits": 4})
+        ),
+        {"block_size": 32, "tolerance": 0.5},
+        {"block_size": 32, "granularity": "static"},
+        {"block_size": 16},
+        {"block_size": 64},
+        {"block_size": 32, "weights": "awq"},
+    ],
 }
 KEPT = (
     "perplexity",
