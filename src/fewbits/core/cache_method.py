@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
+from fewbits.core.errors import InputError
 from fewbits.core.method import Method
 from fewbits.core.tensor import CompressedTensor
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Side = Literal["keys", "values"]
+Report = Callable[[int, int, str], None]  # how much of how much is done, and what it was
+
+
+def silent(done: int, total: int, what: str) -> None:
+    """The report of a calibration that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class CacheRun:
     salience: Tensor | None = None
     tables: Mapping[str, Tensor] = field(default_factory=dict)
     settled: Mapping[str, Tensor] = field(default_factory=dict)
+    padding: int = 0  # tokens at the sequence's left that are no text
 
 
 class CacheMethod(Method, ABC):
@@ -41,8 +51,10 @@ class CacheMethod(Method, ABC):
 
     rotated_keys: ClassVar[bool] = True  # False: keys are sealed as they were before their rotary embedding
     uses_salience: ClassVar[bool] = False  # whether `CacheRun.salience` is to be measured
+    uses_inputs: ClassVar[bool] = False  # True: sealed is what `latent` makes of the projections' inputs; keys are not rotated then
     probe_share: float = 0.1  # of the queries, which salience is measured with
-    calibrated: ClassVar[bool] = False  # whether it reads tables that are made for one model beforehand
+    calibrated: ClassVar[bool] = False  # whether it reads tables that `calibrate` makes for one model beforehand
+    uncalibrated_fields: ClassVar[frozenset[str]] = frozenset()  # those that its tables do not depend on
 
     @abstractmethod
     def due(self, waiting: int, side: Side, prompt: bool) -> int:
@@ -59,3 +71,15 @@ class CacheMethod(Method, ABC):
     def settle(self, keys: Tensor, values: Tensor, run: CacheRun) -> Mapping[str, Tensor]:
         """What a sequence's first run decides for all later ones, such as which channels get more bits; counted as stored."""
         return {}
+
+    def latent(self, inputs: Tensor, side: Side, tables: Mapping[str, Tensor]) -> Tensor:
+        """Of a projection's `inputs [batch, tokens, features]`, `[batch, tokens, width]`; the width is a multiple of the heads."""
+        raise NotImplementedError(f"{self.name()} says that it uses inputs, but not how")
+
+    def restore(self, latents: Tensor, side: Side, tables: Mapping[str, Tensor]) -> Tensor:
+        """Sealed latents, read back, to what the projection makes but for its bias: `[batch, tokens, channels]`."""
+        raise NotImplementedError(f"{self.name()} says that it uses inputs, but not how")
+
+    def calibrate(self, model: PreTrainedModel, windows: Tensor, report: Report = silent) -> dict[int, dict[str, Tensor]]:
+        """Its tables by layer, from a text's tokens `windows [count, length]`. Raises InputError for a method that has none."""
+        raise InputError(f"{self.name()} reads no tables, so there is nothing to calibrate; it can be used as it is")

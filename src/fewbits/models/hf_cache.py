@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -16,31 +17,11 @@ from fewbits.core.cache_method import CacheMethod, CacheRun, Side
 from fewbits.core.errors import InputError, NumericsError
 from fewbits.core.tensor import CompressedTensor
 from fewbits.models.attention_probe import watch_attention
+from fewbits.models.projection_probe import Projection, watch_projections, with_handed
 from fewbits.models.rotary import Rotary
+from fewbits.models.sequences import Sequences
 
 Tables = Mapping[int, Mapping[str, Tensor]]  # calibrated tensors by layer
-
-
-class Sequences:
-    """What a model's forward says of the tokens of a batch, shared by the layers of one cache: positions, and padding at the left."""
-
-    def __init__(self) -> None:
-        self.text: Tensor | None = None  # bool [batch, tokens], False: padding; None: all is text
-        self.positions: Tensor | None = None  # int32 [batch, tokens]
-
-    def observe(self, mask: Tensor | None, positions: Tensor | None, shape: tuple[int, int], seen: int) -> None:
-        """A forward of `shape` (batch, new tokens) after `seen` tokens is about to run."""
-        batch, fresh = shape
-        self.text = mask.bool() if mask is not None and mask.ndim == 2 and mask.shape[1] == seen + fresh else None
-        if positions is None:
-            positions = torch.arange(seen, seen + fresh)
-        new = positions.reshape(-1, fresh).expand(batch, fresh).to(torch.int32)
-        self.positions = new if self.positions is None or not seen else torch.cat([self.positions[:, :seen], new], 1)
-
-    def choose(self, rows: Tensor) -> None:
-        """The batch is now made of these of its sequences."""
-        self.text = None if self.text is None else self.text[rows]
-        self.positions = None if self.positions is None else self.positions[rows]
 
 
 class _SideState:
@@ -113,6 +94,8 @@ class CompressedLayer(CacheLayerMixin):
         self.method, self.index, self.sequences, self.tables = method, index, sequences, dict(tables)
         self.rotary, self.chunked = rotary, chunked
         self.probe_share = method.probe_share
+        self.projection: Projection | None = None
+        self.handed: dict[Side, Tensor] = {}
         self._empty()
 
     def _empty(self) -> None:
@@ -150,7 +133,8 @@ class CompressedLayer(CacheLayerMixin):
         if self.get_seq_length() and (key_states.shape[2] == 1 or self.chunked):
             self.flush()
         for state, new in zip(self.sides.values(), (key_states, value_states), strict=True):
-            state.append(new)
+            # Latents wait with the exact tokens that they will replace.
+            state.append(with_handed(self, state.side, new) if self.method.uses_inputs else new)
         found = self.read("keys"), self.read("values")
         if self.method.uses_salience:
             self.returned = weakref.ref(found[0])
@@ -185,11 +169,12 @@ class CompressedLayer(CacheLayerMixin):
         for row in range(len(exact)):
             matrix = self._as_sealed(state.side, row, start, count)
             salience = None if attended is None else attended[row, :, :count]
-            run = CacheRun(self.index, start, self.in_prompt, self.heads, salience, self.tables, self.settled[row])
+            padding = self.sequences.padding(row)
+            run = CacheRun(self.index, start, self.in_prompt, self.heads, salience, self.tables, self.settled[row], padding)
             if not run.settled and state.side == "keys":
                 values = self._as_sealed("values", row, start, min(count, cast(Tensor, self.sides["values"].exact).shape[2]))
                 self.settled[row] = dict(self.method.settle(matrix, values, run))
-                run = CacheRun(self.index, start, self.in_prompt, self.heads, salience, self.tables, self.settled[row])
+                run = replace(run, settled=self.settled[row])
             runs.append(write(matrix, run))
             if any(not bool(torch.isfinite(one).all()) for one in runs[-1].tensors().values() if one.is_floating_point()):
                 raise NumericsError(f"layer {self.index}: the {state.side} of tokens {start} to {start + count} are not finite")
@@ -198,7 +183,9 @@ class CompressedLayer(CacheLayerMixin):
     def _as_sealed(self, side: Side, row: int, start: int, count: int) -> Tensor:
         """float32 `[tokens, channels]` of the oldest exact tokens of a sequence; padding repeats the first token of text."""
         exact = cast(Tensor, self.sides[side].exact)[row, :, :count].float()
-        if side == "keys" and self.rotary is not None:
+        if self.method.uses_inputs:
+            exact = exact[..., self.head_dim :]
+        elif side == "keys" and self.rotary is not None:
             exact = self.rotary.undo(exact[None], self._positions(start, count)[row : row + 1])[0]
         matrix = exact.transpose(0, 1).reshape(count, -1)
         text = self.sequences.text
@@ -216,12 +203,15 @@ class CompressedLayer(CacheLayerMixin):
     def read(self, side: Side) -> Tensor:
         """What the attention gets, `[batch, heads, tokens, head_dim]` in the model's dtype."""
         state = self.sides[side]
-        exact = cast(Tensor, state.exact)
+        exact = cast(Tensor, state.exact)[..., : self.head_dim]
         count = state.sealed_tokens
         if not count:
             return exact
         runs = [_decode_together(batch) for batch in zip(*state.sealed, strict=True)]
-        old = torch.cat(runs, 1).view(len(exact), count, self.heads, -1).transpose(1, 2)
+        old = torch.cat(runs, 1)
+        if self.projection is not None:
+            old = self.projection.finished(side, self.method.restore(old, side, self.tables))
+        old = old.view(len(exact), count, self.heads, -1).transpose(1, 2)
         if side == "keys" and self.rotary is not None:
             old = self.rotary.apply(old, self._positions(0, count))
         return torch.cat([old.to(self.dtype), exact], 2)
@@ -278,12 +268,15 @@ class CompressedLayer(CacheLayerMixin):
         return self._batch() * tokens * self.heads * self.head_dim if tokens else 0
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        """What is stored, by what it is: codes, scales, ..., `exact` tokens, and what the first run `settled`."""
+        """What is stored, by what it is: codes, scales, ..., `exact` tokens, and what the first run `settled`.
+
+        A tensor that many runs share, such as a layer's calibrated levels, is one.
+        """
         found: dict[str, list[Tensor]] = {}
         for state in self.sides.values():
-            for run in {id(run): run for chain in state.sealed for run in chain}.values():
-                for name, tensor in run.tensors().items():
-                    found.setdefault(f"{state.side}.{name.rpartition('.')[2]}", []).append(tensor)
+            runs = [run.tensors().items() for chain in state.sealed for run in chain]
+            for tensor, name in {id(tensor): (tensor, name) for run in runs for name, tensor in run}.values():
+                found.setdefault(f"{state.side}.{name.rpartition('.')[2]}", []).append(tensor)
             if state.exact is not None:
                 found.setdefault(f"{state.side}.exact", []).append(state.exact)
         settled = [tensor for row in {id(row): row for row in self.settled}.values() for tensor in row.values()]
@@ -307,6 +300,8 @@ class CompressedCache(Cache):
         _watch(model)
         if method.uses_salience:
             watch_attention(model, self.compressed())
+        if method.uses_inputs:
+            watch_projections(model, self.compressed())
 
     def compressed(self) -> list[CompressedLayer]:
         """The layers that are written in few bits."""
@@ -341,7 +336,8 @@ class CompressedCache(Cache):
     def memory(self) -> dict[str, Any]:
         """What the compressed layers store: `bytes`, `bits` by what they are, and `bits_per_element` of keys and values.
 
-        Counted from the stored tensors. `sealed_bits_per_element` leaves the exact tokens out on both sides.
+        Counted from the stored tensors. `sealed_bits_per_element` leaves the exact tokens out on both sides. `tables_bytes`, what
+        the method was calibrated to, is the same for all of a model's caches and in the others only where runs hold it.
         """
         bits: dict[str, int] = {}
         for layer in self.compressed():
@@ -352,6 +348,7 @@ class CompressedCache(Cache):
         total, exact = sum(bits.values()), sum(count for name, count in bits.items() if name.endswith(".exact"))
         return {
             "bytes": total // 8,
+            "tables_bytes": sum(tensor.nbytes for layer in self.compressed() for tensor in layer.tables.values()),
             "bits": bits,
             "bits_per_element": total / elements if elements else 0.0,
             "sealed_bits_per_element": (total - exact) / sealed if sealed else 0.0,

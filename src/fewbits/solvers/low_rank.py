@@ -34,6 +34,17 @@ def low_rank(
     return left[:, :rank] * root / row_weights[:, None], root[:, None] * right[:rank] / column_weights
 
 
+def output_directions(weight: Tensor, second_moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, falling, and eigenvectors `[rows, rows]` of W M W^T for W `weight [rows, columns]`, in float64.
+
+    With M the mean of x x^T and V the first r vectors, V V^T W is the matrix of rank r of the least E ||(W - W') x||^2.
+    """
+    wide = weight.double()
+    spread = wide @ second_moment.double() @ wide.T
+    values, vectors = torch.linalg.eigh((spread + spread.T) / 2)
+    return values.flip(0).clamp(min=0), vectors.flip(1)
+
+
 def _checked(weights: Tensor | None, size: int, matrix: Tensor) -> Tensor:
     if weights is None:
         return torch.ones(size, dtype=matrix.dtype, device=matrix.device)

@@ -16,7 +16,7 @@ from fewbits.formats.dense import Dense
 from fewbits.formats.lowrank import LowRank
 from fewbits.formats.ranges import fit_groups
 from fewbits.formats.uniform import Uniform
-from fewbits.solvers.low_rank import low_rank
+from fewbits.solvers.low_rank import low_rank, output_directions
 from fewbits.statistics.hessian import Hessian
 from fewbits.statistics.moments import Moments
 
@@ -70,13 +70,11 @@ class Lord(LayerMethod):
 
     def directions(self, weight: Tensor, statistics: Statistics) -> tuple[Tensor, Tensor]:
         """Eigenvalues of the outputs' covariance, falling, and its eigenvectors `[rows, rows]`, in float64."""
-        wide, mean = weight.double(), statistics[Moments].mean.double()
+        mean = statistics[Moments].mean.double()
         second = statistics[Hessian].matrix.double() / 2  # E[x x^T]
         if self.center:
             second = second - torch.outer(mean, mean)
-        covariance = wide @ second @ wide.T
-        values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
-        return values.flip(0).clamp(min=0), vectors.flip(1)
+        return output_directions(weight, second)
 
     def offset(self, weight: Tensor, compressed: CompressedTensor, statistics: Statistics) -> Tensor | None:
         """The mean of what the compressed layer's outputs lack: b' - b in the paper's terms."""
