@@ -342,3 +342,30 @@ def test_with_keys_and_values_at_4_bits_mixed_is_near_eight_bits_and_far_from_fo
             kl = compare_logits(torch.cat(pieces, 1)[:, :-1], dense, injected.heldout[:, 1:])[2]
             losses[name] = float(kl[:, 16:].mean())
     assert losses["eight"] < losses["mixed"] < 3 * losses["eight"] and losses["four"] > 4 * losses["mixed"]
+
+
+@pytest.mark.slow
+def test_first_tokens_of_a_text_lose_no_more_than_others_where_each_token_has_its_scales(injected):
+    """In what down projections read, channels are large in single tokens; fixed scales make the ordinary tokens pay for those."""
+    seen, losses = {}, {"token": [], "static": []}
+    readers = {name: one for name, one in injected.dense.named_modules() if name.endswith("down_proj")}
+    hooks = [one.register_forward_pre_hook(lambda m, given, name=name: seen.__setitem__(name, given[0])) for name, one in readers.items()]
+    with torch.no_grad():
+        injected.dense(input_ids=injected.calibration)
+        calibration = dict(seen)
+        injected.dense(input_ids=injected.heldout)
+    for hook in hooks:
+        hook.remove()
+    for name, reader in readers.items():
+        ranges = Ranges(768)
+        ranges.update(calibration[name].flatten(0, 1))
+        for kind, found in losses.items():
+            method = Comet(block_size=32, granularity=kind)
+            front = Front.from_first(method.outliers({}, Statistics(ranges)), 768)
+            weight = reader.weight.detach()[:, front.order()]
+            quantizer = method.activation(Statistics(ranges), CompressedTensor((Dense(weight),), (front,)))
+            moved = front.apply(seen[name])
+            lost = ((quantizer.apply(moved) - moved) @ weight.T).square().sum(-1) / (moved @ weight.T).square().sum(-1)
+            found.append((float(lost[:, 0].mean()), float(lost[:, 1:].mean())))
+    assert all(first < 1.5 * rest for first, rest in losses["token"])
+    assert all(static[1] > 4 * token[1] for token, static in zip(losses["token"], losses["static"], strict=True))
