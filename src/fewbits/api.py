@@ -266,7 +266,7 @@ def _compare_encoders(source: ModelSource, reference: str | Path | None, text: T
     return dict(compare_embeddings(ours, theirs))
 
 
-def generate(
+def generate(  # noqa: PLR0913 - what is written, from what, and in what it is kept
     model: str | Path,
     prompt: str,
     *,
@@ -275,16 +275,20 @@ def generate(
     seed: int = 0,
     memory: int | str | None = None,
     cache: str | None = None,
+    cache_tables: str | Path | None = None,
 ) -> str:
     """The prompt and what the model writes after it; temperature 0 takes the likeliest token each time; `memory` as in `load`.
 
-    `cache` names what keys and values are kept in, with its fields: "kivi:bits=2,group_size=32".
+    `cache` names what keys and values are kept in, with its fields: "kivi:bits=2,group_size=32"; `cache_tables` is the file that
+    `caches.calibrate` wrote, for methods that read one. Raises InputError for tables without a cache.
     """
     source = open_model(model)
     if source.is_encoder:
         raise InputError(f"{source.name!r} is an encoder, which writes no text; a language model would be right")
     check_range("max_new_tokens", max_new_tokens, 1, 10**9)
     check_range("temperature", temperature, 0, 100)
+    if cache_tables is not None and cache is None:
+        raise InputError("tables are read by a cache, and none is named; --cache METHOD would be right")
     tokenizer = source.tokenizer()
     torch.manual_seed(seed)
     sampling: dict[str, Any] = {"do_sample": temperature > 0} | ({"temperature": temperature} if temperature > 0 else {})
@@ -293,6 +297,6 @@ def generate(
         raise InputError("the prompt is empty; some text to go on from would be right")
     opened = cast(Any, load(model, memory=memory))
     if cache is not None:
-        sampling[cache_keyword(opened)] = caches.open(opened, *read_spec(cache))
+        sampling[cache_keyword(opened)] = caches.open(opened, *read_spec(cache), tables=cache_tables)
     output = opened.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -181,3 +181,28 @@ def test_generate_with_a_compressed_cache(run):
     assert status == 2 and "bits=12 is out of range" in error
     status, _, error = run("generate", "builtin:tiny-lm", "--prompt", "def ", "--cache", "kivy")
     assert status == 2 and "did you mean 'kivi'" in error
+
+
+def test_tables_of_a_cache_are_calibrated_and_read(run, tmp_path):
+    (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 60)
+    tables = tmp_path / "tables.safetensors"
+    given = ("--data", tmp_path / "text.txt", "--samples", 2, "--seq-len", 32)
+    asked = ("generate", "builtin:tiny-lm", "--prompt", "import os\n\ndef ", "--max-new-tokens", 6)
+    method = "kvquant:bits=8,levels=uniform"
+    status, output, _ = run("calibrate", "builtin:tiny-lm", "-m", method, "-o", tables, "--json", *given)
+    stored = 8 * (2 * (512 + 1020) + 512)  # of each layer two sets of levels and edges, and the ranges of 128 channels
+    assert status == 0 and json.loads(output) == {"file": str(tables), "method": "kvquant", "layers": 8, "bytes": stored}
+    written = run(*asked, "--cache", method, "--cache-tables", tables)
+    assert written[0] == 0 and written[1].startswith("import os")
+    for arguments, says in (
+        ((*asked, "--cache", "kvquant:bits=3", "--cache-tables", tables), "bits=3 is asked for"),
+        ((*asked, "--cache", "kvquant"), "fewbits calibrate MODEL -m kvquant -o FILE"),
+        ((*asked, "--cache", "kivi", "--cache-tables", tables), "kivi reads no tables"),
+        ((*asked, "--cache-tables", tables), "--cache METHOD would be right"),
+        (("calibrate", "builtin:tiny-lm", "-m", "kivi", "-o", tables, *given), "nothing to calibrate"),
+        (("calibrate", "builtin:tiny-lm", "-m", "kvquant:bit=3", "-o", tables, *given), "did you mean 'bits'"),
+        (("calibrate", "builtin:tiny-lm", "-m", "kvquant", "-o", tmp_path / "none" / "x", *given), "cannot be written"),
+        (("calibrate", "builtin:tiny-lm", "-m", "kvquant", *given), "--output"),
+    ):
+        status, output, error = run(*arguments)
+        assert status == 2 and not output and says in error and len(error.strip().splitlines()) == 1

@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from fewbits import api
-from fewbits.core.config import configure, suggest
+from fewbits import api, caches
+from fewbits.core.config import configure, read_spec, suggest
 from fewbits.core.errors import FewbitsError, InputError
 from fewbits.core.method import Method
 from fewbits.core.registry import get_method, list_methods
@@ -154,7 +154,33 @@ def evaluate(  # noqa: PLR0913 - as compress
 
 
 @app.command()
-def generate(
+def calibrate(
+    model: Model,
+    method: Annotated[
+        str, typer.Option("-m", "--method", help="A method of caches that reads tables, as METHOD or METHOD:field=value,...")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write, for generate --cache-tables.")],
+    data: Annotated[
+        str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, a data set owner/name:split on the hub, or builtin:NAME.")
+    ] = "builtin:calibration",
+    samples: Annotated[int, typer.Option(help="Number of windows.")] = 16,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Make the tables that a cache method reads when it writes MODEL's keys and values. The model's folder is left as it is."""
+    name, settings = read_spec(method)
+    with _Bar() as bar:
+        text, opened = TextSample(data, samples, seq_len), api.load(model)
+        tables = caches.calibrate(opened, name, settings, text=text, output=output, report=bar.step)
+    stored = sum(tensor.nbytes for layer in tables.values() for tensor in layer.values())
+    if as_json:
+        print(json.dumps({"file": str(output), "method": name, "layers": len(tables), "bytes": stored}))
+        return
+    _out.print(f"{output}: tables of {name} for {len(tables)} layers, {stored} bytes; fewbits generate --cache-tables reads them")
+
+
+@app.command()
+def generate(  # noqa: PLR0913 - as compress
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to go on from.")],
     max_new_tokens: int = 64,
@@ -162,16 +188,18 @@ def generate(
     seed: int = 0,
     memory: Memory = None,
     cache: Annotated[str | None, typer.Option(help="What keys and values are kept in, as METHOD or METHOD:field=value,...")] = None,
+    cache_tables: Annotated[Path | None, typer.Option(help="The cache method's tables, a file that calibrate wrote for MODEL.")] = None,
 ) -> None:
     """Write on from a prompt."""
-    options: dict[str, Any] = {"temperature": temperature, "seed": seed, "memory": memory, "cache": cache}
+    options: dict[str, Any] = {"temperature": temperature, "seed": seed, "memory": memory, "cache": cache, "cache_tables": cache_tables}
     print(api.generate(model, prompt, max_new_tokens=max_new_tokens, **options))
 
 
 def main() -> None:
     """The program `fewbits`: status 0 done, 2 wrong input in one line, 1 a failure of ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    transformers_logging.set_verbosity_error()  # its warnings would stand around the one line that is meant for the user
+    transformers_logging.set_verbosity_error()  # its warnings, and bars, would stand around the one line that is meant for the user
+    transformers_logging.disable_progress_bar()
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], prog_name="fewbits", standalone_mode=False) or 0)
     except FewbitsError as error:
@@ -252,11 +280,13 @@ class _Bar:
             self.progress.stop()
 
     def show(self, block: int, blocks: int, layer: str, error: float, seconds_left: float) -> None:
-        left = f"{seconds_left:.0f} s left"
+        self.step(block + 1, blocks, f"{layer} error {error:.1e}", f"{seconds_left:.0f} s left")
+
+    def step(self, done: int, total: int, what: str, left: str = "") -> None:
         if self.task is None:
             self.progress.start()
-            self.task = self.progress.add_task("", total=blocks, left="")
-        self.progress.update(self.task, description=f"{layer} error {error:.1e}", completed=block + 1, left=left)
+            self.task = self.progress.add_task("", total=total, left="")
+        self.progress.update(self.task, description=what, completed=done, left=left)
 
 
 if __name__ == "__main__":

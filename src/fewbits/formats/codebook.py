@@ -83,6 +83,24 @@ class Codebook(Coded, kind="codebook"):
             values = values * scales[self._places(len(scales))][:, groups]
         return values.to(dtype)
 
+    def stacked(self, below: Term) -> Term | None:
+        """Where both look up in the same levels, which no row has for itself, and scales are each row's own numbers, or none."""
+        if not isinstance(below, Codebook) or self.row_ends or below.row_ends or len(self.levels) != 1:
+            return None
+        sizes = [(one.columns, one.bits_per_code, one.group_size, one.levels.dtype) for one in (self, below)]
+        if sizes[0] != sizes[1] or not (self.levels is below.levels or torch.equal(self.levels, below.levels)):
+            return None
+        scales: Tensor | None = None
+        if self.scales is not None or below.scales is not None:
+            pair = (self.scales, below.scales)
+            if not (isinstance(pair[0], Tensor) and isinstance(pair[1], Tensor) and pair[0].dtype == pair[1].dtype):
+                return None
+            if len(pair[0]) != self.rows or len(pair[1]) != below.rows:
+                return None
+            scales = torch.cat([pair[0], pair[1]])
+        codes = torch.cat([self.codes, below.codes])
+        return Codebook(codes, self.levels, scales, self.rows + below.rows, self.columns, self.bits_per_code, self.group_size)
+
     def _places(self, count: int) -> Tensor:
         """int64 `[rows]`: which of `count` rows of levels or scales each row has."""
         rows = torch.arange(self.rows, device=self.codes.device)
