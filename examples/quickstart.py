@@ -21,7 +21,7 @@ def main(result: Path, samples: int = 64, windows: int = 64, length: int = 256) 
         for bits in (4, 3, 2):
             for method in (Rtn(bits=bits, group_size=64), Gptq(bits=bits, group_size=64)):
                 output = Path(folder) / f"{method.name()}-{bits}"
-                made = fewbits.compress(MODEL, method, output, calibration=calibration)
+                made = fewbits.compress(MODEL, method, output, calibration=calibration, probe=None)
                 record = fewbits.evaluate(output, reference=MODEL, text=heldout)
                 kept = ("bits_per_weight", "perplexity", "perplexity_stderr", "reference_perplexity", "kl_mean", "top1_agreement")
                 row = {"method": method.name(), "bits": bits, "seconds": made["seconds"]} | {key: record["results"][key] for key in kept}

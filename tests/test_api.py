@@ -172,32 +172,25 @@ def test_shards_hold_the_same_model(compressed, tmp_path):
 
 
 @pytest.mark.slow
-def test_gptq_on_the_real_model_keeps_most_of_what_rounding_loses(tmp_path):
+def test_gptq_on_the_real_model_keeps_most_of_what_rounding_loses(tmp_path, monkeypatch):
     """The proof of gptq.md at small scale, item 4: rtn worse than gptq worse than dense, beyond the noise of the text."""
-    heldout = fewbits.TextSample("builtin:heldout", 32, 256)
-    calibration = fewbits.TextSample(count=48, length=256)
-    results = {}
-    for method in (Rtn(bits=3, group_size=64), Gptq(bits=3, group_size=64), Gptq(bits=4, group_size=64), Rtn(bits=2, group_size=64)):
-        output = tmp_path / f"{method.name()}{method.bits}"
-        fewbits.compress(MODEL, method, output, calibration=calibration)
-        results[output.name] = fewbits.evaluate(output, reference=MODEL, text=heldout)["results"]
-    assert results["gptq4"]["perplexity"] < 1.015 * results["gptq4"]["reference_perplexity"]
-    assert results["gptq3"]["delta_loss_interval"][0] > 0
-    assert results["gptq3"]["delta_loss"] < 0.5 * results["rtn3"]["delta_loss"]
-    assert results["rtn3"]["delta_loss"] > 0.05 and results["rtn2"]["perplexity"] > 2 * results["rtn2"]["reference_perplexity"]
+    calibration, heldout = fewbits.TextSample(count=24, length=256), fewbits.TextSample("builtin:heldout", 16, 256)
+
+    def lost(name, method, reference=MODEL):
+        fewbits.compress(MODEL, method, tmp_path / name, calibration=calibration, probe=None)
+        return fewbits.evaluate(tmp_path / name, reference=reference, text=heldout)["results"]
+
+    gptq4, gptq3 = (lost(f"gptq{bits}", Gptq(bits=bits, group_size=64)) for bits in (4, 3))
+    assert gptq4["perplexity"] < 1.015 * gptq4["reference_perplexity"] and gptq3["delta_loss_interval"][0] > 0
+    rtn3, rtn2 = (lost(f"rtn{bits}", Rtn(bits=bits, group_size=64)) for bits in (3, 2))
+    assert gptq3["delta_loss"] < 0.5 * rtn3["delta_loss"] and rtn3["delta_loss"] > 0.05
+    assert rtn2["perplexity"] > 2 * rtn2["reference_perplexity"]
     paired = fewbits.evaluate(tmp_path / "rtn3", reference=tmp_path / "gptq3", text=heldout)["results"]
     assert paired["delta_loss_interval"][0] > 0
-
-
-@pytest.mark.slow
-def test_ignoring_correlations_hurts_the_real_model(tmp_path, monkeypatch):
-    """The ablation of gptq.md, item 4: the Hessian replaced by its diagonal is round-to-nearest again."""
-    heldout, calibration = fewbits.TextSample("builtin:heldout", 16, 256), fewbits.TextSample(count=24, length=256)
-    fewbits.compress(MODEL, Gptq(bits=3, group_size=64), tmp_path / "whole", calibration=calibration)
+    # The ablation: the Hessian replaced by its diagonal is round-to-nearest again.
     whole = Hessian.matrix.fget
     monkeypatch.setattr(Hessian, "matrix", property(lambda self: torch.diag(whole(self).diagonal())))
-    fewbits.compress(MODEL, Gptq(bits=3, group_size=64), tmp_path / "diagonal", calibration=calibration)
-    worse = fewbits.evaluate(tmp_path / "diagonal", reference=tmp_path / "whole", text=heldout)["results"]
+    worse = lost("diagonal", Gptq(bits=3, group_size=64), tmp_path / "gptq3")
     assert worse["delta_loss_interval"][0] > 0.03
 
 

@@ -1,10 +1,3 @@
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -104,31 +97,6 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_bytes(folder, tmp_path):
     compress_model(source, PLAN, WINDOWS, tmp_path / "stopped", StreamOptions(progress=lambda block, *_: seen.append(block)))
     assert set(seen) == {2, 3}
     assert contents(tmp_path / "whole") == contents(tmp_path / "stopped")
-
-
-@pytest.mark.slow
-def test_a_killed_process_loses_at_most_a_block(folder, tmp_path):
-    script = f"""
-        import torch
-        from pathlib import Path
-        from fewbits.methods.weights.gptq import Gptq
-        from fewbits.models.source import open_model
-        from fewbits.pipeline.plan import Plan
-        from fewbits.pipeline.stream import compress_model
-        windows = torch.randint(64, (6, 16), generator=torch.Generator().manual_seed(0))
-        compress_model(open_model({str(folder)!r}), Plan(Gptq(bits=3, group_size=16)), windows, Path({str(tmp_path / "interrupted")!r}))
-    """
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (tmp_path / "interrupted" / "block-00000.safetensors").exists():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
-    whole = [part.replace("interrupted", "whole") for part in command]
-    subprocess.run(whole, env=environment, check=True, stderr=subprocess.DEVNULL)
-    assert contents(tmp_path / "interrupted") == contents(tmp_path / "whole")
 
 
 def test_other_settings_do_not_continue_a_run(folder, tmp_path):
