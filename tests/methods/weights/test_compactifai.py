@@ -3,7 +3,6 @@ from fnmatch import fnmatchcase
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import fewbits
 from fewbits.core.errors import InputError
@@ -25,24 +24,8 @@ CUT = Compactifai(tune_steps=0)
 HEALED = Compactifai(tune_steps=40, tune_rate=5e-3)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model that has learned something: its logits are far from even."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    path = tmp_path_factory.mktemp("model")
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        model(input_ids=WINDOWS, labels=WINDOWS).loss.backward()
-        optimizer.step()
-    model.save_pretrained(path)
-    return path
-
-
-def loss(folder, summary=None):
-    model = open_model(folder).load()
+def loss(learned, summary=None):
+    model = open_model(learned).load()
     for name, stored in [] if summary is None else summary.layers():
         model.set_submodule(name, CompressedLinear(stored))
     for name, value in {} if summary is None else summary.replaced().items():
@@ -51,12 +34,12 @@ def loss(folder, summary=None):
         return float(model(input_ids=WINDOWS, labels=WINDOWS).loss)
 
 
-def run(folder, work, method, keep=(), **options):
-    return compress_model(open_model(folder), Plan(method, keep), WINDOWS, work, StreamOptions(**options) if options else None)
+def run(learned, work, method, keep=(), **options):
+    return compress_model(open_model(learned), Plan(method, keep), WINDOWS, work, StreamOptions(**options) if options else None)
 
 
 @pytest.fixture(scope="module")
-def made(folder, tmp_path_factory):
+def made(learned, tmp_path_factory):
     """Summaries and losses of one cut, healed in several ways."""
     found = {}
     for name, method in {
@@ -69,14 +52,14 @@ def made(folder, tmp_path_factory):
         "4 bits": replace(HEALED, core_bits=4, group_size=16),
         "4 bits, cut": replace(CUT, core_bits=4, group_size=16),
     }.items():
-        summary = run(folder, tmp_path_factory.mktemp(name) / "work", method, ("*self_attn*",))
-        found[name] = (summary, loss(folder, summary))
+        summary = run(learned, tmp_path_factory.mktemp(name) / "work", method, ("*self_attn*",))
+        found[name] = (summary, loss(learned, summary))
     return found
 
 
-def test_healing_recovers_most_of_the_loss_and_the_cut_is_a_better_start_than_chance(folder, made):
+def test_healing_recovers_most_of_the_loss_and_the_cut_is_a_better_start_than_chance(learned, made):
     lost = {name: value for name, (_, value) in made.items()}
-    dense = loss(folder)
+    dense = loss(learned)
     print(dense, lost)
     recovered = {name: (lost["cut"] - value) / (lost["cut"] - dense) for name, value in lost.items()}
     assert lost["cut"] > dense + 0.1
@@ -105,9 +88,9 @@ def test_only_what_is_not_kept_is_cut_and_norms_are_trained(made):
         assert parameters(legs, term.bonds[1] + 1) > rows * columns / 2
 
 
-def test_a_run_stopped_while_it_heals_or_profiles_ends_in_the_same_bytes(folder, tmp_path):
+def test_a_run_stopped_while_it_heals_or_profiles_ends_in_the_same_bytes(learned, tmp_path):
     method = Compactifai(tune_steps=3, profile="block", profile_windows=4, core_bits=6, sites=3, order="norm")
-    run(folder, tmp_path / "whole", method)
+    run(learned, tmp_path / "whole", method)
     for number, at in enumerate(("profile, step 2", "tuning, step 2")):
 
         def stop(block, blocks, text, error, left, at=at):
@@ -115,16 +98,16 @@ def test_a_run_stopped_while_it_heals_or_profiles_ends_in_the_same_bytes(folder,
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            run(folder, tmp_path / str(number), method, progress=stop)
-        run(folder, tmp_path / str(number), method)
+            run(learned, tmp_path / str(number), method, progress=stop)
+        run(learned, tmp_path / str(number), method)
         for path in sorted((tmp_path / "whole").glob("block-*")):
             assert path.read_bytes() == (tmp_path / str(number) / path.name).read_bytes()
 
 
-def test_a_rise_is_the_loss_with_one_unit_cut_less_the_dense_loss(folder, tmp_path):
-    source = open_model(folder)
+def test_a_rise_is_the_loss_with_one_unit_cut_less_the_dense_loss(learned, tmp_path):
+    source = open_model(learned)
     names = [f"model.layers.{block}.{layer}" for block in range(2) for layer in ("mlp.up_proj", "mlp.down_proj")]
-    dense = loss(folder)
+    dense = loss(learned)
     for unit, together in [("layer", "*.1.mlp.up_proj"), ("block", "*.1.*"), ("type", "*.up_proj")]:
         rises = loss_rises(source, dict.fromkeys(names, CUT), Profile(unit, 24), WINDOWS)
         model = source.load()
@@ -158,11 +141,11 @@ def test_a_profile_gives_more_to_layers_whose_cuts_cost_more():
     assert CUT.plan(iter(layers)) == {}  # type: ignore[arg-type]
 
 
-def test_a_layer_that_the_profile_leaves_whole_is_stored_as_it_is_and_healed_too(folder, tmp_path):
+def test_a_layer_that_the_profile_leaves_whole_is_stored_as_it_is_and_healed_too(learned, tmp_path):
     weight = torch.randn(32, 48, generator=torch.Generator().manual_seed(0))
     whole = CUT.compress(weight, Statistics(choices={"layer": torch.tensor(0)}))
     assert isinstance(whole.terms[0], Dense) and torch.equal(whole.decode(), weight.half().float())
-    summary = run(folder, tmp_path / "work", Compactifai(profile="layer", profile_windows=4, share=0.75, tune_steps=2))
+    summary = run(learned, tmp_path / "work", Compactifai(profile="layer", profile_windows=4, share=0.75, tune_steps=2))
     record = summary.record()
     assert record["bits_per_weight"] <= 12 and all("loss_rise" in layer for layer in record["layers"].values())
     assert len({term.bonds[1] for _, stored in summary.layers() if isinstance(term := stored.weight.terms[0], TensorTrain)}) > 2
@@ -210,11 +193,11 @@ def test_sorting_rows_and_columns_by_norm_helps_where_norms_differ_and_is_undone
     assert bits[1] - bits[0] == 16 * (96 + 64)
 
 
-def test_recipes_and_values_that_do_not_fit_are_named(folder, tmp_path):
+def test_recipes_and_values_that_do_not_fit_are_named(learned, tmp_path):
     with pytest.raises(InputError, match="compactifai trains the whole model at last; a recipe without overrides"):
-        compress_model(open_model(folder), Plan(HEALED, overrides=(("*.o_proj", Rtn()),)), WINDOWS, tmp_path / "a")
+        compress_model(open_model(learned), Plan(HEALED, overrides=(("*.o_proj", Rtn()),)), WINDOWS, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    summary = compress_model(open_model(folder), Plan(CUT, overrides=(("*.o_proj", replace(CUT, sites=3)),)), WINDOWS, tmp_path / "b")
+    summary = compress_model(open_model(learned), Plan(CUT, overrides=(("*.o_proj", replace(CUT, sites=3)),)), WINDOWS, tmp_path / "b")
     assert {len(stored.weight.terms[0].cores) for _, stored in summary.layers()} == {2, 3}
     for values, says in [
         ({"share": 0.0}, "share=0.0"),

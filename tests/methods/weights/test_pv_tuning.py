@@ -2,7 +2,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from fewbits.core.errors import InputError
 from fewbits.layers.linear import CompressedLinear
@@ -16,24 +15,8 @@ WINDOWS = torch.randint(64, (24, 32), generator=torch.Generator().manual_seed(0)
 METHOD = PvTuning(books=2, book_bits=4, steps=0, tune_steps=120, tune_rate=1e-3, norm_rate=0.0)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model that has learned something: its logits are far from even."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    path = tmp_path_factory.mktemp("model")
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2))
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        model(input_ids=WINDOWS, labels=WINDOWS).loss.backward()
-        optimizer.step()
-    model.save_pretrained(path)
-    return path
-
-
-def model_of(folder, summary):
-    ours = open_model(folder).load()
+def model_of(learned, summary):
+    ours = open_model(learned).load()
     for name, stored in summary.layers():
         ours.set_submodule(name, CompressedLinear(stored))
     for name, value in summary.replaced().items():
@@ -41,16 +24,16 @@ def model_of(folder, summary):
     return ours
 
 
-def divergence(folder, summary):
+def divergence(learned, summary):
     with torch.no_grad():
         dense, ours = (
-            torch.log_softmax(one(input_ids=WINDOWS).logits, -1) for one in (open_model(folder).load(), model_of(folder, summary))
+            torch.log_softmax(one(input_ids=WINDOWS).logits, -1) for one in (open_model(learned).load(), model_of(learned, summary))
         )
     return float((dense.exp() * (dense - ours)).sum(-1).mean())
 
 
 @pytest.fixture(scope="module")
-def tuned(folder, tmp_path_factory):
+def tuned(learned, tmp_path_factory):
     """Summaries and divergences of the ways to tune, from one start."""
     found = {}
     for name, method in {
@@ -60,8 +43,8 @@ def tuned(folder, tmp_path_factory):
         "all": replace(METHOD, codes="all", code_rate=1e-2),
         "zero": replace(METHOD, share=0.0),
     }.items():
-        summary = compress_model(open_model(folder), Plan(method), WINDOWS, tmp_path_factory.mktemp(name) / "work")
-        found[name] = (summary, divergence(folder, summary))
+        summary = compress_model(open_model(learned), Plan(method), WINDOWS, tmp_path_factory.mktemp(name) / "work")
+        found[name] = (summary, divergence(learned, summary))
     return found
 
 
@@ -92,9 +75,9 @@ def test_a_share_of_nothing_is_tuning_of_codebooks_alone(tuned):
         assert all(torch.equal(tensor, second[name].tensors()[key]) for key, tensor in stored.tensors().items())
 
 
-def test_norms_are_tuned_and_stored_and_a_stopped_run_ends_in_the_same_bytes(folder, tmp_path):
+def test_norms_are_tuned_and_stored_and_a_stopped_run_ends_in_the_same_bytes(learned, tmp_path):
     plan = Plan(replace(METHOD, tune_steps=5, steps=3, norm_rate=1e-3))
-    whole = compress_model(open_model(folder), plan, WINDOWS, tmp_path / "whole")
+    whole = compress_model(open_model(learned), plan, WINDOWS, tmp_path / "whole")
     assert "model.norm.weight" in whole.replaced() and len(whole.replaced()) == 5
 
     def stop(block, blocks, text, error, left):
@@ -102,8 +85,8 @@ def test_norms_are_tuned_and_stored_and_a_stopped_run_ends_in_the_same_bytes(fol
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress_model(open_model(folder), plan, WINDOWS, tmp_path / "stopped", StreamOptions(progress=stop))
-    compress_model(open_model(folder), plan, WINDOWS, tmp_path / "stopped")
+        compress_model(open_model(learned), plan, WINDOWS, tmp_path / "stopped", StreamOptions(progress=stop))
+    compress_model(open_model(learned), plan, WINDOWS, tmp_path / "stopped")
     for path in sorted((tmp_path / "whole").glob("block-*")):
         assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes()
 
