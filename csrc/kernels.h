@@ -6,18 +6,15 @@
 #pragma once
 #include <utility>
 
-#include "matrix.h"
-#include "numbers.h"
+#include "grid.h"
+#ifdef FEWBITS_FIXED
+#include "fixed.h"
+#endif
 
 namespace fewbits {
 namespace FEWBITS_ISA {
 
-constexpr int64_t tile_vectors = 4;        // input vectors that share the unpacking of a code
 constexpr int64_t panel_floats = 1 << 12;  // inputs of a tile that stay in the first cache
-
-static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t rounded_up(int64_t a, int64_t b) { return ceiling(a, b) * b; }
 
 // How the scales of a matrix meet the lanes.
 struct Plan {
@@ -60,96 +57,6 @@ static Plan make_plan(const Coded& w, int64_t vectors) {
   return plan;
 }
 
-// ---- rows in full -------------------------------------------------------------------------------------------------------
-
-static int64_t decode_floats(const Coded& w);
-
-static int64_t values_floats(const Values& values) {
-  return values.kind == Values::coded ? decode_floats(*values.inner) : values.kind == Values::packed ? rounded_up(values.columns, 8) / 4 + 2 : 0;
-}
-
-// Scratch that decode_row needs.
-static int64_t decode_floats(const Coded& w) {
-  const int64_t inner = values_floats(w.scales), zero = values_floats(w.zeros);
-  return rounded_up(w.columns, 8) / 4 + 2 * (w.groups + lanes) + (int64_t{1} << w.bits) * (w.level_groups > 0 ? w.level_groups : 1) + (inner > zero ? inner : zero) + 2 * lanes;
-}
-
-static void decode_row(const Coded& w, int64_t row, float* out, float* scratch);
-
-// Row `row` of scales, zero points or levels as numbers; `bits` is the width of packed ones.
-static void read_values(const Values& values, int bits, int64_t row, float* out, float* scratch) {
-  const int64_t count = values.columns, at = values.rows == 1 ? 0 : row;
-  if (values.kind == Values::coded) return decode_row(*values.inner, at, out, scratch);
-  if (values.kind == Values::packed) {
-    uint8_t* codes = reinterpret_cast<uint8_t*>(scratch);
-    unpack(static_cast<const uint8_t*>(values.data) + at * ((count * bits + 7) / 8), bits, count, codes);
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<float>(codes[i]);
-  } else if (values.kind == Values::table) {
-    const uint8_t* codes = static_cast<const uint8_t*>(values.data) + at * count;
-    for (int64_t i = 0; i < count; ++i) out[i] = values.lookup[codes[i]];
-  } else if (values.number == Number::f32) {
-    std::memcpy(out, static_cast<const float*>(values.data) + at * count, static_cast<size_t>(count) * 4);
-  } else if (values.number == Number::f16) {
-    halves_to_floats(static_cast<const uint16_t*>(values.data) + at * count, count, out);
-  } else {
-    const uint16_t* from = static_cast<const uint16_t*>(values.data) + at * count;
-    for (int64_t i = 0; i < count; ++i) out[i] = as_float(static_cast<uint32_t>(from[i]) << 16);
-  }
-}
-
-// Scales of a row, and zero points times scales; what is past the last group is zero.
-static void read_grid(const Coded& w, int64_t row, float* scales, float* shifts, float* scratch) {
-  if (w.scales.kind == Values::none) for (int64_t g = 0; g < w.groups; ++g) scales[g] = 1.0f;
-  else read_values(w.scales, w.bits, row, scales, scratch);
-  for (int i = 0; i < lanes; ++i) scales[w.groups + i] = shifts[w.groups + i] = 0.0f;
-  if (w.levels.kind != Values::none) return;
-  if (w.zeros.kind == Values::none) {
-    const float zero = static_cast<float>(1 << (w.bits - 1));
-    for (int64_t g = 0; g < w.groups; ++g) shifts[g] = zero * scales[g];
-  } else {
-    read_values(w.zeros, w.bits, row, shifts, scratch);
-    for (int64_t g = 0; g < w.groups; ++g) shifts[g] *= scales[g];
-  }
-}
-
-static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) {
-  uint8_t* codes = reinterpret_cast<uint8_t*>(scratch);
-  float* scales = scratch + rounded_up(w.columns, 8) / 4;
-  float* zeros = scales + w.groups + lanes;
-  float* levels = zeros + w.groups + lanes;
-  const int64_t book = int64_t{1} << w.bits;
-  float* rest = levels + book * (w.level_groups > 0 ? w.level_groups : 1);
-  unpack(w.codes + row * w.row_bytes, w.bits, w.columns, codes);
-  if (w.scales.kind != Values::none) read_values(w.scales, w.bits, row, scales, rest);
-  if (w.levels.kind != Values::none) read_values(w.levels, w.bits, row, levels, rest);
-  else if (w.zeros.kind != Values::none) read_values(w.zeros, w.bits, row, zeros, rest);
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const int64_t from = g * w.group, to = least(from + w.group, w.columns);
-    if (w.levels.kind != Values::none) {
-      const float* found = levels + (w.level_groups > 1 ? g * book : 0);
-      for (int64_t c = from; c < to; ++c) out[c] = found[codes[c]];
-      if (w.scales.kind != Values::none) for (int64_t c = from; c < to; ++c) out[c] *= scales[g];
-      continue;
-    }
-    const float zero = w.zeros.kind == Values::none ? static_cast<float>(1 << (w.bits - 1)) : zeros[g], scale = scales[g];
-    for (int64_t c = from; c < to; ++c) out[c] = (static_cast<float>(codes[c]) - zero) * scale;
-  }
-}
-
-static void decode(const Coded& w, int64_t first, int64_t last, void* out, Number number, float* scratch) {
-  for (int64_t row = first; row < last; ++row) {
-    const int64_t at = (row - first) * w.columns;
-    if (number == Number::f32) {
-      decode_row(w, row, static_cast<float*>(out) + at, scratch);
-      continue;
-    }
-    decode_row(w, row, scratch, scratch + w.columns);
-    uint16_t* to = static_cast<uint16_t*>(out) + at;
-    if (number == Number::f16) for (int64_t c = 0; c < w.columns; ++c) to[c] = float_to_half(scratch[c]);
-    else for (int64_t c = 0; c < w.columns; ++c) to[c] = float_to_bf16(scratch[c]);
-  }
-}
-
 // ---- inputs in the kernel's order ---------------------------------------------------------------------------------------
 
 static int64_t padded_vectors(int64_t vectors) { return vectors == 1 ? 1 : rounded_up(vectors, tile_vectors); }
@@ -158,33 +65,33 @@ static inline int64_t sums_stride(const Coded& w) { return w.groups + lanes; }
 
 static int64_t prepared_floats(const Product& product) {
   const Plan plan = make_plan(*product.matrix, product.vectors);
-  return padded_vectors(product.vectors) * (plan.blocks * plan.block + sums_stride(*product.matrix));
+  return padded_vectors(product.vectors) * (2 * plan.blocks * plan.block + sums_stride(*product.matrix));
+}
+
+static float sum_of(const float* values, int64_t count) {
+  double parts[8] = {};
+  for (; count >= 8; count -= 8, values += 8) for (int i = 0; i < 8; ++i) parts[i] += values[i];
+  for (int64_t i = 0; i < count; ++i) parts[i] += values[i];
+  return static_cast<float>(((parts[0] + parts[1]) + (parts[2] + parts[3])) + ((parts[4] + parts[5]) + (parts[6] + parts[7])));
 }
 
 static void prepare(const Product& product, int64_t vector, float* room) {
   const Coded& w = *product.matrix;
   const Plan plan = make_plan(w, product.vectors);
-  const int64_t padded = plan.blocks * plan.block, vectors = padded_vectors(product.vectors);
-  const bool there = vector < product.vectors;
-  if (plan.kind == Plan::decode_rows) {
-    float* to = room + vector * padded;
-    for (int64_t c = 0; c < padded; ++c) to[c] = there && c < w.columns ? number_at(product.inputs, vector * w.columns + c, product.number) : 0.0f;
-    return;
-  }
-  float* to = room + vector / plan.tile * (padded * plan.tile) + vector % plan.tile * lanes;
+  const int64_t padded = plan.blocks * plan.block, vectors = padded_vectors(product.vectors), there = vector < product.vectors ? w.columns : 0;
+  float* values = plan.kind == Plan::decode_rows ? room + vector * padded : room + vectors * (padded + sums_stride(w)) + vector * padded;
+  read_numbers(product.inputs, vector * w.columns, product.number, there, values);
+  for (int64_t c = there; c < padded; ++c) values[c] = 0.0f;
+  if (plan.kind == Plan::decode_rows) return;
   float* sums = room + vectors * padded + vector * sums_stride(w);
-  for (int64_t g = 0; g < sums_stride(w); ++g) sums[g] = 0.0f;
-  double sum = 0.0;
-  for (int64_t c = 0; c < padded; ++c) {
-    const float value = there && c < w.columns ? number_at(product.inputs, vector * w.columns + c, product.number) : 0.0f;
-    const int64_t place = c % plan.per_lane, lane = c / plan.per_lane % lanes;
-    const bool folded = w.levels.kind == Values::none && place < plan.per_lane - 1;
-    const float fold = folded ? as_float(static_cast<uint32_t>(127 - w.bits * place) << 23) : 1.0f;
-    to[(c / plan.block * plan.per_lane + place) * plan.tile * lanes + lane] = value * fold;
-    sum += value;
-    if (c < w.columns && (c + 1 == w.columns || (c + 1) % w.group == 0)) {
-      sums[c / w.group] = static_cast<float>(sum);
-      sum = 0.0;
+  for (int64_t g = 0; g < w.groups; ++g) sums[g] = sum_of(values + g * w.group, least(w.group, w.columns - g * w.group));
+  for (int64_t g = w.groups; g < sums_stride(w); ++g) sums[g] = 0.0f;
+  float* to = room + vector / plan.tile * (padded * plan.tile) + vector % plan.tile * lanes;
+  for (int64_t block = 0; block < plan.blocks; ++block, values += plan.block) {
+    for (int64_t place = 0; place < plan.per_lane; ++place, to += plan.tile * lanes) {
+      const bool folded = w.levels.kind == Values::none && place < plan.per_lane - 1;
+      const float fold = folded ? as_float(static_cast<uint32_t>(127 - w.bits * place) << 23) : 1.0f;
+      for (int lane = 0; lane < lanes; ++lane) to[lane] = values[lane * plan.per_lane + place] * fold;
     }
   }
 }
@@ -199,6 +106,7 @@ struct Strip {
   const float* inputs;
   const Plan* plan;
   int64_t first, last;  // blocks
+  int64_t ahead;        // bytes from a row to the one that is fetched meanwhile
   float* sums;          // [rows, stride], added to
   int64_t stride;
 };
@@ -240,7 +148,10 @@ static void multiply_strip(const Strip& strip) {
     for (int s = 0; s < sets; ++s) for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) sums[s][r][v] = zeros();
     for (; block < end; ++block) {
       Words word[Rows];
-      for (int r = 0; r < Rows; ++r) word[r] = words<Bits>(strip.codes[r] + block * bytes);
+      for (int r = 0; r < Rows; ++r) {
+        word[r] = words<Bits>(strip.codes[r] + block * bytes);
+        if (Vectors == 1) __builtin_prefetch(strip.codes[r] + block * bytes + strip.ahead, 0, 2);
+      }
       multiply_block<Bits, Levels, Rows, Vectors>(word, book, strip.inputs + block * (per_lane * Vectors * lanes), sums,
                                                   std::make_integer_sequence<int, per_lane>{});
     }
@@ -361,6 +272,7 @@ static void multiply_chunk(const Chunk& chunk, int64_t first, int64_t last) {
         strip.plan = &plan;
         strip.first = block;
         strip.last = least(block + plan.panel, plan.blocks);
+        strip.ahead = rows_ahead(w) * w.row_bytes;
         strip.sums = chunk.sums + row * padded + tile * plan.tile;
         strip.stride = padded;
         row += some(strip, rows - row, plan.tile);
@@ -406,8 +318,48 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
   for (int64_t row = first; row < last; row += rows) multiply_chunk(chunk, row, least(row + rows, last));
 }
 
+// ---- fixed point where it serves, floats elsewhere ------------------------------------------------------------------------
+
+namespace chosen {
+
+static int64_t prepared_floats(const Product& product) {
+#ifdef FEWBITS_FIXED
+  fixed::Plan plan;
+  if (fixed::make_plan(*product.matrix, product.vectors, plan)) return fixed::prepared_floats(*product.matrix, plan);
+#endif
+  return FEWBITS_ISA::prepared_floats(product);
+}
+
+static void prepare(const Product& product, int64_t vector, float* room) {
+#ifdef FEWBITS_FIXED
+  fixed::Plan plan;
+  if (fixed::make_plan(*product.matrix, product.vectors, plan)) return fixed::prepare(product, plan, vector, room);
+#endif
+  FEWBITS_ISA::prepare(product, vector, room);
+}
+
+// For products and for decoding.
+static int64_t scratch_floats(const Coded& w, int64_t vectors) {
+  const int64_t floats = FEWBITS_ISA::scratch_floats(w, vectors);
+#ifdef FEWBITS_FIXED
+  fixed::Plan plan;
+  if (fixed::make_plan(w, vectors, plan)) return floats + fixed::scratch_floats(w, plan);
+#endif
+  return floats;
+}
+
+static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+#ifdef FEWBITS_FIXED
+  fixed::Plan plan;
+  if (fixed::make_plan(*product.matrix, product.vectors, plan)) return fixed::multiply(product, plan, prepared, first, last, scratch);
+#endif
+  FEWBITS_ISA::multiply(product, prepared, first, last, scratch);
+}
+
+}  // namespace chosen
+
 constexpr Kernels make_kernels(const char* name) {
-  return {name, prepared_floats, prepare, padded_vectors, scratch_floats, multiply, decode};
+  return {name, chosen::prepared_floats, chosen::prepare, padded_vectors, chosen::scratch_floats, chosen::multiply, decode};
 }
 
 }  // namespace FEWBITS_ISA

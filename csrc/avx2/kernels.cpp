@@ -1,6 +1,9 @@
 #define FEWBITS_ISA avx2
 #include "lanes.h"
 
+#include "bytes.h"
+#define FEWBITS_FIXED
+
 #include "../kernels.h"
 
 namespace fewbits {

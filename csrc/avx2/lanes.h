@@ -16,6 +16,7 @@ static inline Floats load(const float* from) { return _mm256_loadu_ps(from); }
 static inline void store(float* to, Floats value) { _mm256_storeu_ps(to, value); }
 static inline Floats spread(float value) { return _mm256_set1_ps(value); }
 static inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+static inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
 static inline float sum(Floats value) {
@@ -24,15 +25,81 @@ static inline float sum(Floats value) {
   return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
 
+// The sums of four vectors' lanes.
+static inline void sum_four(Floats a, Floats b, Floats c, Floats d, float* to) {
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+}
+
 // Lane i takes from[pick[i]], 0 <= pick[i] < 8.
 static inline Floats permute(const float* from, const int32_t* pick) {
   return _mm256_permutevar8x32_ps(load(from), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pick)));
 }
 
+// Up to 8 numbers of 2 bytes; `half` says of which kind.
+static inline __m256 few_numbers(const uint16_t* from, int64_t count, bool half) {
+  __m128i bits;
+  if (count >= 8) {
+    bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  } else {
+    alignas(16) uint16_t few[8] = {};
+    for (int64_t i = 0; i < count; ++i) few[i] = from[i];
+    bits = _mm_load_si128(reinterpret_cast<const __m128i*>(few));
+  }
+  return half ? _mm256_cvtph_ps(bits) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+// How 8 packed codes come to lie in lanes.
+struct Unpacker {
+  __m256i shift, mask;
+  int bits;
+
+  explicit Unpacker(int width) : bits(width) {
+    const __m256i first = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(width));
+    // Above 4 bits the last four codes begin in bytes of their own, half a code's width times eight on.
+    shift = width <= 4 ? first : _mm256_sub_epi32(first, _mm256_setr_epi32(0, 0, 0, 0, 4 * width, 4 * width, 4 * width, 4 * width));
+    mask = _mm256_set1_epi32((1 << width) - 1);
+  }
+
+  // Up to 8 codes from place `at` on, a multiple of 8.
+  __m256 take(const uint8_t* row, int64_t at, int64_t count) const {
+    uint64_t word = 0;
+    const uint8_t* from = row + at / 8 * bits;
+    const int64_t there = count >= 8 ? bits : (count * bits + 7) / 8;
+    for (int64_t i = 0; i < there; ++i) word |= static_cast<uint64_t>(from[i]) << (8 * i);
+    const int low = static_cast<int>(word), high = bits <= 4 ? low : static_cast<int>(word >> (4 * bits));
+    const __m256i words = _mm256_inserti128_si256(_mm256_set1_epi32(low), _mm_set1_epi32(high), 1);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srlv_epi32(words, shift), mask));
+  }
+};
+
 static inline void halves_to_floats(const uint16_t* from, int64_t count, float* to) {
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) store(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-  for (; i < count; ++i) to[i] = half_to_float(from[i]);
+  for (; i + 8 <= count; i += 8) store(to + i, few_numbers(from + i, 8, true));
+  if (i < count && count >= 8) store(to + count - 8, few_numbers(from + count - 8, 8, true));  // the last ones, some of them again
+  else for (; i < count; ++i) to[i] = half_to_float(from[i]);
+}
+
+// Packed codes of a row as numbers; `bytes` has room for them, one to a byte.
+static inline void codes_to_floats(const uint8_t* from, int bits, int64_t count, float* to, uint8_t*) {
+  const Unpacker unpacker(bits);
+  for (int64_t i = 0; i < count; i += 8) {
+    if (i + 8 <= count) {
+      store(to + i, unpacker.take(from, i, 8));
+    } else {
+      float few[8];
+      store(few, unpacker.take(from, i, count - i));
+      std::memcpy(to + i, few, static_cast<size_t>(count - i) * 4);
+    }
+  }
+}
+
+// Inputs times `factor`, rounded to whole numbers; `count` is a multiple of the lanes.
+static inline void to_integers(const float* from, int64_t count, float factor, int32_t* to) {
+  const __m256 by = _mm256_set1_ps(factor);
+  for (int64_t i = 0; i < count; i += 8) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + i), by)));
+  }
 }
 
 // The codes of a lane's columns from bit 0 of its word on. Reads 16 bytes from each half block's start.

@@ -24,8 +24,11 @@ static inline Floats load(const float* from) {
 }
 
 static inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
-static inline Floats spread(float value) { return Floats{} + value; }
+static inline Floats spread(float value) {
+  return Floats{value, value, value, value, value, value, value, value, value, value, value, value, value, value, value, value};
+}
 static inline Floats add(Floats a, Floats b) { return a + b; }
+static inline Floats multiply(Floats a, Floats b) { return a * b; }
 
 static inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #ifdef __AVX512BW__
@@ -45,6 +48,20 @@ static inline float sum(Floats value) {
 #endif
 }
 
+#ifdef __AVX512BW__
+// The sums of four vectors' lanes.
+static inline void sum_four(Floats a, Floats b, Floats c, Floats d, float* to) {
+  const auto both = [](Floats x, Floats y) {
+    const __m512 one = reinterpret_cast<__m512>(x), two = reinterpret_cast<__m512>(y);
+    return _mm512_add_ps(_mm512_unpacklo_ps(one, two), _mm512_unpackhi_ps(one, two));
+  };
+  const __m512 first = both(a, b), second = both(c, d);
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(first, second, 0x44), _mm512_shuffle_ps(first, second, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+#endif
+
 // Lane i takes from[pick[i]], 0 <= pick[i] < 16.
 static inline Floats permute(const float* from, const int32_t* pick) {
 #ifdef __AVX512BW__
@@ -56,13 +73,68 @@ static inline Floats permute(const float* from, const int32_t* pick) {
 #endif
 }
 
-static inline void halves_to_floats(const uint16_t* from, int64_t count, float* to) {
-  int64_t i = 0;
 #ifdef __AVX512BW__
-  for (; i + 16 <= count; i += 16) _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i))));
-#endif
-  for (; i < count; ++i) to[i] = half_to_float(from[i]);
+// Up to 16 numbers of 2 bytes; `half` says of which kind.
+static inline __m512 few_numbers(const uint16_t* from, int64_t count, bool half) {
+  const __m256i bits = count >= 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))
+                                   : _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), from);
+  return half ? _mm512_cvtph_ps(bits) : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
+
+// How 16 packed codes come to lie in lanes.
+struct Unpacker {
+  __m512i order, shift, mask;
+  int bits;
+
+  explicit Unpacker(int width) : bits(width) {
+    const __m512i first = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(width));
+    const __m512i byte = _mm512_srli_epi32(first, 3), next = _mm512_slli_epi32(_mm512_add_epi32(byte, _mm512_set1_epi32(1)), 8);
+    order = _mm512_or_si512(_mm512_or_si512(byte, next), _mm512_set1_epi32(static_cast<int>(0x80800000)));  // two bytes hold a code
+    shift = _mm512_and_si512(first, _mm512_set1_epi32(7));
+    mask = _mm512_set1_epi32((1 << width) - 1);
+  }
+
+  // Up to 16 codes from place `at` on, a multiple of 8.
+  __m512 take(const uint8_t* row, int64_t at, int64_t count) const {
+    const int64_t there = count >= 16 ? 2 * bits : (count * bits + 7) / 8;
+    const __m128i packed = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << there) - 1), row + at / 8 * bits);
+    const __m512i spread = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(packed), order);
+    return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srlv_epi32(spread, shift), mask));
+  }
+};
+#endif
+
+static inline void halves_to_floats(const uint16_t* from, int64_t count, float* to) {
+#ifdef __AVX512BW__
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) _mm512_storeu_ps(to + i, few_numbers(from + i, 16, true));
+  if (i < count) _mm512_mask_storeu_ps(to + i, static_cast<__mmask16>((1u << (count - i)) - 1), few_numbers(from + i, count - i, true));
+#else
+  for (int64_t i = 0; i < count; ++i) to[i] = half_to_float(from[i]);
+#endif
+}
+
+// Packed codes of a row as numbers; `bytes` has room for them, one to a byte.
+static inline void codes_to_floats(const uint8_t* from, int bits, int64_t count, float* to, uint8_t* bytes) {
+#ifdef __AVX512BW__
+  (void)bytes;
+  const Unpacker unpacker(bits);
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) _mm512_storeu_ps(to + i, unpacker.take(from, i, 16));
+  if (i < count) _mm512_mask_storeu_ps(to + i, static_cast<__mmask16>((1u << (count - i)) - 1), unpacker.take(from, i, count - i));
+#else
+  unpack(from, bits, count, bytes);
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(bytes[i]);
+#endif
+}
+
+#ifdef __AVX512BW__
+// Inputs times `factor`, rounded to whole numbers; `count` is a multiple of the lanes.
+static inline void to_integers(const float* from, int64_t count, float factor, int32_t* to) {
+  const __m512 by = _mm512_set1_ps(factor);
+  for (int64_t i = 0; i < count; i += 16) _mm512_storeu_si512(to + i, _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(from + i), by)));
+}
+#endif
 
 // The codes of a lane's columns from bit 0 of its word on. Reads 16 bytes from each quarter block's start.
 template <int Bits>

@@ -21,6 +21,7 @@ static inline Floats load(const float* from) {
 static inline void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 static inline Floats spread(float value) { return Floats{value, value, value, value}; }
 static inline Floats add(Floats a, Floats b) { return a + b; }
+static inline Floats multiply(Floats a, Floats b) { return a * b; }
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 static inline float sum(Floats value) { return (value[0] + value[2]) + (value[1] + value[3]); }
 
@@ -31,6 +32,12 @@ static inline Floats permute(const float* from, const int32_t* pick) {
 
 static inline void halves_to_floats(const uint16_t* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = half_to_float(from[i]);
+}
+
+// Packed codes of a row as numbers; `bytes` has room for them, one to a byte.
+static inline void codes_to_floats(const uint8_t* from, int bits, int64_t count, float* to, uint8_t* bytes) {
+  unpack(from, bits, count, bytes);
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<float>(bytes[i]);
 }
 
 // The codes of a lane's columns from bit 0 of its word on. Reads 4 bytes from each lane's first byte.

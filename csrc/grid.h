@@ -1,0 +1,118 @@
+// Rows in full: scales, zero points and codes as numbers, and decoding. Included after an instruction set's lanes.h.
+#pragma once
+#include "matrix.h"
+#include "numbers.h"
+
+namespace fewbits {
+namespace FEWBITS_ISA {
+
+constexpr int64_t tile_vectors = 4;  // input vectors that share the unpacking of a code
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t rounded_up(int64_t a, int64_t b) { return ceiling(a, b) * b; }
+
+// Rows from the one at work to the one that is fetched into the second cache meanwhile: about 16 KiB of codes. Fetching into
+// the first cache would be slower than memory, as few of its misses can be under way at once.
+static inline int64_t rows_ahead(const Coded& w) {
+  const int64_t rows = ((1 << 14) / w.row_bytes + 3) / 4 * 4;
+  return rows < 4 ? 4 : rows > 32 ? 32 : rows;
+}
+
+// ---- rows in full -------------------------------------------------------------------------------------------------------
+
+static int64_t decode_floats(const Coded& w);
+
+static int64_t values_floats(const Values& values) {
+  return values.kind == Values::coded ? decode_floats(*values.inner) : values.kind == Values::packed ? rounded_up(values.columns, 8) / 4 + 2 : 0;
+}
+
+// `count` numbers of type `number` from place `at` on.
+static void read_numbers(const void* data, int64_t at, Number number, int64_t count, float* out) {
+  if (number == Number::f32) {
+    std::memcpy(out, static_cast<const float*>(data) + at, static_cast<size_t>(count) * 4);
+  } else if (number == Number::f16) {
+    halves_to_floats(static_cast<const uint16_t*>(data) + at, count, out);
+  } else {
+    const uint16_t* from = static_cast<const uint16_t*>(data) + at;
+    for (int64_t i = 0; i < count; ++i) out[i] = as_float(static_cast<uint32_t>(from[i]) << 16);
+  }
+}
+
+// Scratch that decode_row needs.
+static int64_t decode_floats(const Coded& w) {
+  const int64_t inner = values_floats(w.scales), zero = values_floats(w.zeros);
+  return rounded_up(w.columns, 8) / 4 + 2 * (w.groups + lanes) + (int64_t{1} << w.bits) * (w.level_groups > 0 ? w.level_groups : 1) + (inner > zero ? inner : zero) + 2 * lanes;
+}
+
+static void decode_row(const Coded& w, int64_t row, float* out, float* scratch);
+
+// Row `row` of scales, zero points or levels as numbers; `bits` is the width of packed ones.
+static void read_values(const Values& values, int bits, int64_t row, float* out, float* scratch) {
+  const int64_t count = values.columns, at = values.rows == 1 ? 0 : row;
+  if (values.kind == Values::coded) return decode_row(*values.inner, at, out, scratch);
+  if (values.kind == Values::packed) {
+    codes_to_floats(static_cast<const uint8_t*>(values.data) + at * ((count * bits + 7) / 8), bits, count, out, reinterpret_cast<uint8_t*>(scratch));
+  } else if (values.kind == Values::table) {
+    const uint8_t* codes = static_cast<const uint8_t*>(values.data) + at * count;
+    for (int64_t i = 0; i < count; ++i) out[i] = values.lookup[codes[i]];
+  } else {
+    read_numbers(values.data, at * count, values.number, count, out);
+  }
+}
+
+// Scales of a row, and zero points times scales; what is past the last group is zero.
+static void read_grid(const Coded& w, int64_t row, float* scales, float* shifts, float* scratch) {
+  if (w.scales.kind == Values::none) for (int64_t g = 0; g < w.groups; ++g) scales[g] = 1.0f;
+  else read_values(w.scales, w.bits, row, scales, scratch);
+  for (int i = 0; i < lanes; ++i) scales[w.groups + i] = shifts[w.groups + i] = 0.0f;
+  if (w.levels.kind != Values::none) return;
+  if (w.zeros.kind == Values::none) {
+    const float zero = static_cast<float>(1 << (w.bits - 1));
+    for (int64_t g = 0; g < w.groups; ++g) shifts[g] = zero * scales[g];
+  } else {
+    read_values(w.zeros, w.bits, row, shifts, scratch);
+    for (int64_t g = 0; g < w.groups; ++g) shifts[g] *= scales[g];
+  }
+}
+
+static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) {
+  uint8_t* codes = reinterpret_cast<uint8_t*>(scratch);
+  float* scales = scratch + rounded_up(w.columns, 8) / 4;
+  float* zeros = scales + w.groups + lanes;
+  float* levels = zeros + w.groups + lanes;
+  const int64_t book = int64_t{1} << w.bits;
+  float* rest = levels + book * (w.level_groups > 0 ? w.level_groups : 1);
+  unpack(w.codes + row * w.row_bytes, w.bits, w.columns, codes);
+  if (w.scales.kind != Values::none) read_values(w.scales, w.bits, row, scales, rest);
+  if (w.levels.kind != Values::none) read_values(w.levels, w.bits, row, levels, rest);
+  else if (w.zeros.kind != Values::none) read_values(w.zeros, w.bits, row, zeros, rest);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t from = g * w.group, to = least(from + w.group, w.columns);
+    if (w.levels.kind != Values::none) {
+      const float* found = levels + (w.level_groups > 1 ? g * book : 0);
+      for (int64_t c = from; c < to; ++c) out[c] = found[codes[c]];
+      if (w.scales.kind != Values::none) for (int64_t c = from; c < to; ++c) out[c] *= scales[g];
+      continue;
+    }
+    const float zero = w.zeros.kind == Values::none ? static_cast<float>(1 << (w.bits - 1)) : zeros[g], scale = scales[g];
+    for (int64_t c = from; c < to; ++c) out[c] = (static_cast<float>(codes[c]) - zero) * scale;
+  }
+}
+
+static void decode(const Coded& w, int64_t first, int64_t last, void* out, Number number, float* scratch) {
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t at = (row - first) * w.columns;
+    if (number == Number::f32) {
+      decode_row(w, row, static_cast<float*>(out) + at, scratch);
+      continue;
+    }
+    decode_row(w, row, scratch, scratch + w.columns);
+    uint16_t* to = static_cast<uint16_t*>(out) + at;
+    if (number == Number::f16) for (int64_t c = 0; c < w.columns; ++c) to[c] = float_to_half(scratch[c]);
+    else for (int64_t c = 0; c < w.columns; ++c) to[c] = float_to_bf16(scratch[c]);
+  }
+}
+
+}  // namespace FEWBITS_ISA
+}  // namespace fewbits
