@@ -104,65 +104,26 @@ def steps(model, cache, tokens, sizes):
 
 
 @torch.no_grad()
-def test_pieces_of_a_prompt_change_nothing_unless_asked_for():
-    model, tokens = small(), torch.randint(61, (1, 30), generator=torch.Generator().manual_seed(2))
-    method = Kivi(bits=2, group_size=4, residual=4)
-    whole, pieces, chunked = CompressedCache(model, method), CompressedCache(model, method), CompressedCache(model, method, chunked=True)
-    single = [1] * 6
-    logits = [steps(model, cache, tokens, [*first, *single]) for cache, first in ((whole, [24]), (pieces, [7, 9, 8]), (chunked, [7, 9, 8]))]
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
-    assert (logits[0] - logits[2]).abs().max() > 1e-3
-
-
-@torch.no_grad()
-def test_sealed_bytes_are_never_written_again():
+def test_neighbouring_runs_become_one():
     model, tokens = small(), torch.randint(61, (2, 80), generator=torch.Generator().manual_seed(3))
     cache = CompressedCache(model, Kivi(bits=3, group_size=4, residual=8))
-    steps(model, cache, tokens[:, :21], [20, 1])
-    layer = cache.compressed()[1]
-    before = {side: torch.cat([run.decode() for run in state.sealed[0]]) for side, state in layer.sides.items()}
-    first = layer.sides["values"].sealed[0][0].terms[0]
-    steps(model, cache, tokens[:, 21:], [1] * 59)
-    for side, old in before.items():
-        now = torch.cat([run.decode() for run in layer.sides[side].sealed[0]])
-        assert len(now) > len(old) and torch.equal(now[: len(old)], old)
-    again = layer.sides["values"].sealed[0][0].terms[0]
-    assert torch.equal(again.codes[: len(first.codes)], first.codes) and torch.equal(again.scales[: len(first.scales)], first.scales)
-    assert len(layer.sides["values"].sealed[0]) < 10  # neighbours became one
+    steps(model, cache, tokens, [20, *[1] * 60])
+    assert sum(run.shape[0] for run in cache.layers[1].sides["values"].sealed[0]) == 72
+    assert len(cache.layers[1].sides["values"].sealed[0]) < 10
 
 
 @torch.no_grad()
-def test_sequences_are_reordered_repeated_and_chosen():
+def test_sequences_that_descend_from_one_share_its_bytes():
     model, tokens = small(), torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(4))
     cache = CompressedCache(model, Kivi(bits=4, group_size=4, residual=4))
     steps(model, cache, tokens, [10, 1, 1])
-    keys = cache.layers[0].read("keys")
-    cache.reorder_cache(torch.tensor([2, 2, 0]))
-    cache.reorder_cache(torch.tensor([1, 2, 0]))
+    keys, codes = cache.layers[0].read("keys"), cache.memory()["bits"]["keys.codes"]
+    cache.reorder_cache(torch.tensor([2, 0, 2]))
     assert torch.equal(cache.layers[0].read("keys"), keys[[2, 0, 2]])
     shared = cache.memory()["bits"]["keys.codes"]
-    cache.batch_select_indices(torch.tensor([1, 2]))
-    assert torch.equal(cache.layers[0].read("keys"), keys[[0, 2]]) and cache.memory()["bits"]["keys.codes"] == shared
+    assert shared == codes * 2 // 3
     cache.batch_repeat_interleave(2)
-    assert torch.equal(cache.layers[0].read("keys"), keys[[0, 0, 2, 2]])
-    assert cache.memory()["bits"]["keys.codes"] == shared  # copies of a sequence share its bytes
-    cache.reset()
-    assert cache.get_seq_length() == 0 and cache.memory()["bytes"] == 0
-    expected = steps(model, CompressedCache(model, cache.method), tokens, [10, 1, 1])
-    assert torch.equal(steps(model, cache, tokens, [10, 1, 1]), expected)
-
-
-@torch.no_grad()
-def test_exact_tokens_can_be_taken_back_and_sealed_ones_cannot():
-    model, tokens = small(), torch.randint(61, (1, 14), generator=torch.Generator().manual_seed(5))
-    cache = CompressedCache(model, Kivi(bits=4, group_size=4, residual=8))
-    steps(model, cache, tokens, [11, 1, 1, 1])
-    kept = cache.layers[0].read("keys")
-    cache.crop(-3)
-    assert cache.get_seq_length() == 11 and torch.equal(cache.layers[0].read("keys"), kept[:, :, :-3])
-    with pytest.raises(InputError, match="sealed"):
-        cache.crop(-5)
-    assert cache.get_seq_length() == 11
+    assert torch.equal(cache.layers[0].read("keys"), keys[[2, 2, 0, 0, 2, 2]]) and cache.memory()["bits"]["keys.codes"] == shared
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,62 +17,12 @@ from fewbits.core.cache_method import CacheMethod, CacheRun, Side
 from fewbits.core.errors import InputError, NumericsError
 from fewbits.core.tensor import CompressedTensor
 from fewbits.models.attention_probe import watch_attention
+from fewbits.models.cache_side import SideState, decode_together
 from fewbits.models.projection_probe import Projection, watch_projections, with_handed
 from fewbits.models.rotary import Rotary
 from fewbits.models.sequences import Sequences
 
 Tables = Mapping[int, Mapping[str, Tensor]]  # calibrated tensors by layer
-
-
-class _SideState:
-    """Keys, or values, of one layer: runs sealed for each sequence, then exact tokens `[batch, heads, tokens, head_dim]`."""
-
-    def __init__(self, side: Side) -> None:
-        self.side = side
-        self.sealed: list[list[CompressedTensor]] = []  # by sequence; equally many tokens in each
-        self.exact: Tensor | None = None
-
-    @property
-    def sealed_tokens(self) -> int:
-        return sum(run.shape[0] for run in self.sealed[0]) if self.sealed else 0
-
-    @property
-    def tokens(self) -> int:
-        return self.sealed_tokens + (0 if self.exact is None else self.exact.shape[2])
-
-    def append(self, states: Tensor) -> None:
-        if self.exact is None:
-            self.exact, self.sealed = states, [[] for _ in range(len(states))]
-        else:
-            self.exact = torch.cat([self.exact, states], 2)
-
-    def push(self, runs: Sequence[CompressedTensor]) -> None:
-        """One run more for each sequence; neighbours of equal length become one, so that there are few, and few copies."""
-        assert self.exact is not None
-        self.exact = self.exact[:, :, runs[0].shape[0] :].clone()  # a view would keep the sealed tokens in memory
-        for chain, run in zip(self.sealed, runs, strict=True):
-            chain.append(run)
-            while len(chain) > 1 and chain[-2].shape[0] <= chain[-1].shape[0]:
-                joined = chain[-2].stacked(chain[-1])
-                if joined is None:
-                    break
-                chain[-2:] = [joined]
-
-    def choose(self, rows: Tensor) -> None:
-        """Sealed runs are values: sequences that descend from one share its bytes."""
-        if self.exact is not None:
-            self.exact = self.exact.index_select(0, rows)
-            self.sealed = [list(self.sealed[row]) for row in rows.tolist()]
-
-
-def _decode_together(runs: Sequence[CompressedTensor]) -> Tensor:
-    """`[batch, tokens, channels]` of equally long runs: one call for all where they join, as a call costs more than a copy of codes."""
-    joined: CompressedTensor | None = runs[0]
-    for run in runs[1:]:
-        joined = None if joined is None else joined.stacked(run)
-    if joined is None:
-        return torch.stack([run.decode() for run in runs])
-    return joined.decode().view(len(runs), -1, joined.shape[1])
 
 
 class CompressedLayer(CacheLayerMixin):
@@ -99,7 +49,7 @@ class CompressedLayer(CacheLayerMixin):
         self._empty()
 
     def _empty(self) -> None:
-        self.sides: dict[Side, _SideState] = {"keys": _SideState("keys"), "values": _SideState("values")}
+        self.sides: dict[Side, SideState] = {"keys": SideState("keys"), "values": SideState("values")}
         self.settled: list[dict[str, Tensor]] = []
         self.in_prompt = True
         self.is_initialized = False
@@ -158,9 +108,9 @@ class CompressedLayer(CacheLayerMixin):
                 self._seal_run(state, due, salience)
                 sealed = due if state.side == "keys" else sealed
         if self._attention is not None and sealed:
-            self._attention = self._attention[0][:, :, sealed:], self._attention[1][:, sealed:]
+            self._attention = self._attention[0][:, :, sealed:].clone(), self._attention[1][:, sealed:].clone()
 
-    def _seal_run(self, state: _SideState, count: int, attended: Tensor | None) -> None:
+    def _seal_run(self, state: SideState, count: int, attended: Tensor | None) -> None:
         start, runs = state.sealed_tokens, []
         exact = cast(Tensor, state.exact)
         if not self.settled:
@@ -168,6 +118,7 @@ class CompressedLayer(CacheLayerMixin):
         write = self.method.seal_keys if state.side == "keys" else self.method.seal_values
         for row in range(len(exact)):
             matrix = self._as_sealed(state.side, row, start, count)
+            self._check_finite([matrix], state.side, start)  # codes alone would not show it
             salience = None if attended is None else attended[row, :, :count]
             padding = self.sequences.padding(row)
             run = CacheRun(self.index, start, self.in_prompt, self.heads, salience, self.tables, self.settled[row], padding)
@@ -176,9 +127,12 @@ class CompressedLayer(CacheLayerMixin):
                 self.settled[row] = dict(self.method.settle(matrix, values, run))
                 run = replace(run, settled=self.settled[row])
             runs.append(write(matrix, run))
-            if any(not bool(torch.isfinite(one).all()) for one in runs[-1].tensors().values() if one.is_floating_point()):
-                raise NumericsError(f"layer {self.index}: the {state.side} of tokens {start} to {start + count} are not finite")
+            self._check_finite(runs[-1].tensors().values(), state.side, start)
         state.push(runs)
+
+    def _check_finite(self, tensors: Iterable[Tensor], side: Side, start: int) -> None:
+        if not all(bool(torch.isfinite(one).all()) for one in tensors if one.is_floating_point()):
+            raise NumericsError(f"layer {self.index}: the {side} of token {start} and those behind it are not finite")
 
     def _as_sealed(self, side: Side, row: int, start: int, count: int) -> Tensor:
         """float32 `[tokens, channels]` of the oldest exact tokens of a sequence; padding repeats the first token of text."""
@@ -207,7 +161,7 @@ class CompressedLayer(CacheLayerMixin):
         count = state.sealed_tokens
         if not count:
             return exact
-        runs = [_decode_together(batch) for batch in zip(*state.sealed, strict=True)]
+        runs = [decode_together(batch) for batch in zip(*state.sealed, strict=True)]
         old = torch.cat(runs, 1)
         if self.projection is not None:
             old = self.projection.finished(side, self.method.restore(old, side, self.tables))
@@ -268,7 +222,7 @@ class CompressedLayer(CacheLayerMixin):
         return self._batch() * tokens * self.heads * self.head_dim if tokens else 0
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        """What is stored, by what it is: codes, scales, ..., `exact` tokens, and what the first run `settled`.
+        """What is stored, by what it is: codes, scales, ..., `exact` tokens, the attention to them, and what the first run `settled`.
 
         A tensor that many runs share, such as a layer's calibrated levels, is one.
         """
@@ -280,15 +234,16 @@ class CompressedLayer(CacheLayerMixin):
             if state.exact is not None:
                 found.setdefault(f"{state.side}.exact", []).append(state.exact)
         settled = [tensor for row in {id(row): row for row in self.settled}.values() for tensor in row.values()]
-        return found | ({"settled": settled} if settled else {})
+        found |= {"settled": settled} if settled else {}
+        return found | ({"attention.exact": list(self._attention)} if self._attention is not None else {})
 
 
 class CompressedCache(Cache):
     """A cache whose full-attention layers are written in few bits by a method; other layers keep their own layout."""
 
     def __init__(self, model: PreTrainedModel, method: CacheMethod, *, tables: Tables | None = None, chunked: bool = False) -> None:
-        self.method, self.sequences = method, Sequences()
         rotary = None if method.rotated_keys else Rotary.of(model)
+        self.method, self.sequences = method, Sequences(placed=rotary is not None)
         layers = list(DynamicCache(config=model.config).layers)
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
@@ -318,7 +273,7 @@ class CompressedCache(Cache):
 
     def reset(self) -> None:
         super().reset()
-        self.sequences.text = self.sequences.positions = None
+        self.sequences.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(cast(torch.LongTensor, beam_idx))
@@ -339,7 +294,7 @@ class CompressedCache(Cache):
         Counted from the stored tensors. `sealed_bits_per_element` leaves the exact tokens out on both sides. `tables_bytes`, what
         the method was calibrated to, is the same for all of a model's caches and in the others only where runs hold it.
         """
-        bits: dict[str, int] = {}
+        bits = {name: 8 * tensor.nbytes for name, tensor in self.sequences.tensors().items()}
         for layer in self.compressed():
             for name, tensors in layer.tensors().items():
                 bits[name] = bits.get(name, 0) + sum(8 * tensor.nbytes for tensor in tensors)

