@@ -44,16 +44,16 @@ def test_compress_evaluate_and_generate_from_end_to_end(run, tmp_path):
     assert status == 0 and output.startswith("def ")
 
 
-def test_documents_probes_and_streams_are_options(run, tmp_path):
+def test_documents_probes_and_streams_are_options(run, first_blocks, tmp_path):
     texts = [json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n" * (i % 3 + 1)}) for i in range(12)]
     (tmp_path / "texts.jsonl").write_text("\n".join(texts))
     given = ("--data", tmp_path / "texts.jsonl", "--seq-len", 24, "--json")
     results = {}
     for name, options in (("folded", ()), ("apart", ("--no-fold",))):
-        made = run("compress", "builtin:tiny-lm", "-m", "awq", "-o", tmp_path / name, "--separate", "--probe", "none", *options, *given)
+        made = run("compress", first_blocks, "-m", "awq", "-o", tmp_path / name, "--separate", "--probe", "none", *options, *given)
         assert made[0] == 0
         results[name] = json.loads(made[1])["results"]
-    assert len(results["folded"]["replaced"]) == 16 and results["apart"]["replaced"] == [] and "probe" not in results["folded"]
+    assert len(results["folded"]["replaced"]) == 4 and results["apart"]["replaced"] == [] and "probe" not in results["folded"]
     assert results["folded"]["bits_per_weight"] < results["apart"]["bits_per_weight"]
     seen = [run("evaluate", tmp_path / name, "--windows", 4, *extra, *given) for name in results for extra in ((), ("--streamed",))]
     folded, folded_streamed, apart, apart_streamed = [json.loads(output)["results"]["perplexity"] for _, output, _ in seen]

@@ -156,7 +156,7 @@ def far(path, layers, windows):
 @pytest.mark.slow
 def test_ranges_and_branch_together_beat_each_alone(short, tmp_path):
     path, calibration, heldout = short
-    joint = Apiq(steps=120, batch_size=2)
+    joint = Apiq(steps=80, batch_size=2)
     methods = {
         "joint": joint,
         "ranges": replace(joint, adapter_rate=0.0),
@@ -184,7 +184,7 @@ def test_ranges_and_branch_together_beat_each_alone(short, tmp_path):
 @pytest.mark.slow
 def test_on_the_first_blocks_of_the_real_model_it_beats_the_zero_adapter_on_rounded_weights(first_blocks, tmp_path):
     calibration, heldout = fewbits.TextSample(count=16, length=64), fewbits.TextSample("builtin:heldout", 16, 64)
-    joint = Apiq(steps=60, batch_size=2)
+    joint = Apiq(steps=40, batch_size=2)
     found = {}
     for name, method in {"joint": joint, "ranges": replace(joint, adapter_rate=0.0), "zero": replace(joint, steps=0)}.items():
         made = fewbits.compress(first_blocks, method, tmp_path / name, calibration=calibration, probe=None)

@@ -1,5 +1,4 @@
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -153,7 +152,7 @@ def test_the_more_it_counts_the_nearer_the_weights_and_the_farther_the_outputs(t
     model.save_pretrained(tmp_path / "model")
     windows = fewbits.TextSample(count=8, length=64).windows(open_model("builtin:tiny-lm").tokenizer())
     source, found = open_model(tmp_path / "model"), []
-    for share in (0.0, 3.0, 100.0):
+    for share in (0.0, 100.0):
         method = ApiqSaliency(steps=80, batch_size=2, weight=share, decay=0.0)
         run = compress_model(source, Plan(method), windows, tmp_path / str(share))
         saliency, dense, ours = run.store.state("sensitivities"), source.load(), source.load()
@@ -168,5 +167,5 @@ def test_the_more_it_counts_the_nearer_the_weights_and_the_farther_the_outputs(t
             with torch.no_grad():
                 one(input_ids=windows)
         found.append((near, float((outputs[0] - outputs[1]).square().mean())))
-    near, far = zip(*found, strict=True)
-    assert all(after < before for before, after in pairwise(near)) and all(after > before for before, after in pairwise(far)), found
+    (near, far), (nearer, farther) = found
+    assert nearer < 0.97 * near and farther > 1.01 * far, found
