@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.core.errors import InputError
-from fewbits.solvers.kmeans import cluster_rows, clustering_error, exact_levels, nearest_level
+from fewbits.kernels import native
+from fewbits.solvers.kmeans import best_edges, cluster_rows, clustering_error, exact_levels, nearest_level
 
 
 def rows(count, columns, seed=0, power=4):
@@ -43,6 +44,17 @@ def test_the_path_is_the_best_clustering(seed, count, columns, ties):
     for row in range(3):
         found = float(clustering_error(values[row : row + 1], weights[row : row + 1], levels[row : row + 1]))
         assert found == pytest.approx(least(values[row], weights[row], count), rel=1e-6, abs=1e-12)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 70), st.booleans())
+@settings(max_examples=40, deadline=None)
+@pytest.mark.skipif(native.chosen() is None, reason="the native kernels are not built")
+def test_the_native_path_ends_in_the_edges_of_the_definition(seed, count, columns, ties):
+    values, weights = ordered(*rows(40, columns, seed))
+    values, weights = ((values * 2).round(), weights.round()) if ties else (values, weights)
+    sums = [torch.cat([torch.zeros(40, 1).double(), (weights * values**power).double().cumsum(1)], 1) for power in range(3)]
+    count = min(count, columns)
+    assert native.best_edges(sums, count).tolist() == best_edges(*(one.numpy() for one in sums), count).tolist()
 
 
 def test_merged_runs_lose_next_to_nothing():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
+from fewbits.kernels import native
 
 _ROWS = 256  # of a chunk
 
@@ -97,6 +98,26 @@ def exact_levels(ordered: Tensor, weights: Tensor, count: int) -> Tensor:
     w = np.concatenate([zero, np.cumsum(mass, axis=1)], axis=1)
     s = np.concatenate([zero, np.cumsum(mass * shifted, axis=1)], axis=1)
     q = np.concatenate([zero, np.cumsum(mass * shifted**2, axis=1)], axis=1)
+    row, intervals = np.arange(rows)[:, None], min(count, n)
+    if native.chosen() is not None:
+        edges = native.best_edges([torch.from_numpy(one) for one in (w, s, q)], intervals).numpy()
+    else:
+        edges = best_edges(w, s, q, intervals)
+    start, end = edges[:, :-1], edges[:, 1:]
+    weight = w[row, end] - w[row, start]
+    level = (s[row, end] - s[row, start]) / np.where(weight > 0, weight, 1.0) + center
+    # An interval without weight may stand anywhere in it.
+    level = np.where(weight > 0, level, values[row, np.minimum(start, n - 1)])
+    found = torch.from_numpy(np.sort(level, axis=1))
+    return torch.cat([found, found[:, -1:].expand(-1, count - found.shape[1])], dim=1)
+
+
+def best_edges(w: np.ndarray, s: np.ndarray, q: np.ndarray, count: int) -> np.ndarray:
+    """int64 `[rows, count + 1]`: edges of the best intervals; `w`, `s`, `q [rows, n + 1]` are sums of weights and moments.
+
+    The definition of the native kernel (csrc/kmeans.cpp), which ends in the same edges.
+    """
+    rows, n = len(w), w.shape[1] - 1
     row = np.arange(rows)[:, None]
 
     def cost(start: np.ndarray, end: np.ndarray) -> np.ndarray:
@@ -107,20 +128,13 @@ def exact_levels(ordered: Tensor, weights: Tensor, count: int) -> Tensor:
     ends = np.broadcast_to(np.arange(n + 1), (rows, n + 1))
     best = cost(np.zeros_like(ends), ends)
     choices = []
-    for _ in range(1, min(count, n)):
+    for _ in range(1, count):
         best, choice = _extend(best, cost, rows, n)
         choices.append(choice)
     bounds = [np.full((rows, 1), n)]
     for choice in reversed(choices):
         bounds.append(choice[row, bounds[-1]])
-    edges = np.concatenate([*bounds, np.zeros((rows, 1), dtype=np.int64)], axis=1)[:, ::-1]
-    start, end = edges[:, :-1], edges[:, 1:]
-    weight = w[row, end] - w[row, start]
-    level = (s[row, end] - s[row, start]) / np.where(weight > 0, weight, 1.0) + center
-    # An interval without weight may stand anywhere in it.
-    level = np.where(weight > 0, level, values[row, np.minimum(start, n - 1)])
-    found = torch.from_numpy(np.sort(level, axis=1))
-    return torch.cat([found, found[:, -1:].expand(-1, count - found.shape[1])], dim=1)
+    return np.concatenate([*bounds, np.zeros((rows, 1), dtype=np.int64)], axis=1)[:, ::-1]
 
 
 def _extend(best: np.ndarray, cost, rows: int, n: int) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[no-untyped-def]
