@@ -33,8 +33,8 @@ class Reader {
  public:
   Reader(const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers) : layout_(layout), buffers_(buffers) {}
 
-  const Coded& read_whole() {
-    const Coded& found = read_coded(0);
+  const Coded& read_whole(bool others = false) {
+    const Coded& found = read_coded(0, others);
     require(at_ == layout_.size() && buffer_ == buffers_.size(), "a layout describes less than was given");
     return found;
   }
@@ -56,12 +56,31 @@ class Reader {
     return reinterpret_cast<const void*>(address);
   }
 
-  const Coded& read_coded(int depth) {
+  // Numbers as they are, or compressed sparse rows.
+  const Coded& read_other(Coded& matrix) {
+    matrix.form = static_cast<Coded::Form>(next(1, 2));
+    matrix.number = to_number(next(0, 2));
+    require(matrix.columns <= largest / matrix.rows, "a matrix is too large");
+    if (matrix.form == Coded::plain) {
+      matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.rows * matrix.columns * size_of(matrix.number)));
+      return matrix;
+    }
+    matrix.index_bytes = next(2, 4);
+    require(matrix.index_bytes != 3, "the columns of entries must be of 2 or 4 bytes");
+    matrix.entries = next(0, largest);
+    matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.entries * size_of(matrix.number)));
+    matrix.indices = next_buffer(matrix.entries * matrix.index_bytes);
+    matrix.pointers = static_cast<const int32_t*>(next_buffer((matrix.rows + 1) * 4));
+    return matrix;
+  }
+
+  const Coded& read_coded(int depth, bool others = false) {
     require(depth < 3, "scales of scales of scales are not known");
     Coded& coded = made_.emplace_back();
     coded.rows = next(1, largest);
     coded.columns = next(1, largest);
-    coded.bits = static_cast<int>(next(1, 8));
+    coded.bits = static_cast<int>(next(depth == 0 && others ? 0 : 1, 8));
+    if (coded.bits == 0) return read_other(coded);
     coded.group = std::min(next(1, largest), coded.columns);
     coded.groups = (coded.columns + coded.group - 1) / coded.group;
     coded.row_bytes = (coded.columns * coded.bits + 7) / 8;
@@ -125,11 +144,12 @@ std::vector<std::string> available() {
 }
 
 void multiply(const std::string& isa, const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers, uint64_t inputs, uint64_t outputs,
-              int64_t vectors, int64_t number, int threads) {
+              int64_t vectors, int64_t number, int threads, int digits) {
   Reader reader(layout, buffers);
-  const Coded& matrix = reader.read_whole();
+  const Coded& matrix = reader.read_whole(true);
+  require(digits >= 1 && digits <= 3, "inputs must have 1 to 3 digits");
   require(vectors >= 0 && vectors <= largest / std::max(matrix.rows, matrix.columns), "the number of vectors is out of range");
-  const fewbits::Product product{&matrix, reinterpret_cast<const void*>(inputs), reinterpret_cast<void*>(outputs), vectors, to_number(number)};
+  const fewbits::Product product{&matrix, reinterpret_cast<const void*>(inputs), reinterpret_cast<void*>(outputs), vectors, to_number(number), digits};
   const fewbits::Kernels& kernels = fewbits::find_kernels(isa);
   nb::gil_scoped_release released;
   fewbits::multiply(kernels, product, threads);
@@ -155,7 +175,7 @@ uint64_t read_pass(uint64_t address, int64_t bytes, int threads) {
 NB_MODULE(_native, module) {
   module.def("available", &available, "Names of the instruction sets that can be used, best first.");
   module.def("multiply", &multiply, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("inputs"), nb::arg("outputs"), nb::arg("vectors"),
-             nb::arg("number"), nb::arg("threads"), "outputs [vectors, rows] = inputs [vectors, columns] times the matrix, transposed.");
+             nb::arg("number"), nb::arg("threads"), nb::arg("digits") = 3, "outputs [vectors, rows] = inputs [vectors, columns] times the matrix, transposed.");
   module.def("decode", &decode, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("first"), nb::arg("last"), nb::arg("outputs"),
              nb::arg("number"), nb::arg("threads"), "Rows first to last of the matrix, dense.");
   module.def("read_pass", &read_pass, nb::arg("address"), nb::arg("bytes"), nb::arg("threads"), "Reads all bytes: what memory can give.");

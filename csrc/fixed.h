@@ -1,8 +1,9 @@
-// Products of unsigned codes with inputs in fixed point: integers of 24 bits, cut into digits that byte products can take.
+// Products of unsigned codes with inputs in fixed point: whole numbers cut into digits that byte products can take.
 //
-// A run of inputs shares a unit, a power of two: input = number * unit, |number| < 2**23, number = the sum of digits times powers
-// of two. Codes are multiplied with the digits as they are and summed in integers, exactly; only the whole is a float, which the
-// scale times the unit multiplies. What is lost is half a unit of an input at most, 2**-23 of the largest of its run.
+// A run of inputs shares a unit, a power of two: input = number * unit, number = the sum of digits times powers of two. There are
+// three digits of 8 bits, |number| < 2**23, or fewer where they are asked for. Codes are multiplied with the digits as they are and
+// summed in integers, exactly; only the whole is a float, which the scale times the unit multiplies. What is lost is half a unit
+// of an input at most: 2**-23 of the largest of its run with three digits, 2**-15 with two, 2**-7 with one.
 // An instruction set says how many columns its vectors hold and how a code is taken out of them (its bytes.h).
 #pragma once
 #include "grid.h"
@@ -21,13 +22,13 @@ struct Plan {
   int64_t group_blocks;             // blocks of a group, where it covers whole ones
   int64_t tile, tiles;              // vectors of a tile
   int64_t run;                      // columns that share a unit
+  int digits;                       // of an input
   int32_t picks[lanes];
 };
 
-template <int Bits>
+template <int Bits, int Digits>
 static bool plan_for(const Coded& w, int64_t vectors, Plan& plan) {
-  using Shape = Block<Bits>;
-  if constexpr (!Shape::served) return false;
+  using Shape = Block<Bits, Digits>;
   plan.per_lane = Shape::per_lane;
   plan.block = Shape::columns;
   plan.blocks = ceiling(w.columns, plan.block);
@@ -36,6 +37,7 @@ static bool plan_for(const Coded& w, int64_t vectors, Plan& plan) {
   plan.digits_bytes = Shape::columns * Shape::digits * Shape::digit_bytes;
   plan.tile = vectors == 1 ? 1 : tile_vectors;
   plan.tiles = ceiling(vectors, plan.tile);
+  plan.digits = Digits;
   plan.span = 1;
   plan.group_blocks = 1;
   plan.run = plan.block;
@@ -57,18 +59,31 @@ static bool plan_for(const Coded& w, int64_t vectors, Plan& plan) {
   return true;
 }
 
-static bool make_plan(const Coded& w, int64_t vectors, Plan& plan) {
-  if (w.levels.kind != Values::none) return false;
-  switch (w.bits) {
-    case 1: return plan_for<1>(w, vectors, plan);
-    case 2: return plan_for<2>(w, vectors, plan);
-    case 3: return plan_for<3>(w, vectors, plan);
-    case 4: return plan_for<4>(w, vectors, plan);
-    case 5: return plan_for<5>(w, vectors, plan);
-    case 6: return plan_for<6>(w, vectors, plan);
-    case 7: return plan_for<7>(w, vectors, plan);
-    default: return plan_for<8>(w, vectors, plan);
+// Calls a function for the width of the codes and the digits of the inputs, where the instruction set serves the width.
+#define FEWBITS_WIDTH(function, width, digits, ...)                                             \
+  case width:                                                                                   \
+    if constexpr (Block<width, 3>::served) {                                                    \
+      if (digits == 1) return function<width, 1>(__VA_ARGS__);                                  \
+      if (digits == 2) return function<width, 2>(__VA_ARGS__);                                  \
+      return function<width, 3>(__VA_ARGS__);                                                   \
+    }                                                                                           \
+    break;
+#define FEWBITS_FOR_WIDTH(function, bits, digits, ...) \
+  switch (bits) {                                      \
+    FEWBITS_WIDTH(function, 1, digits, __VA_ARGS__)    \
+    FEWBITS_WIDTH(function, 2, digits, __VA_ARGS__)    \
+    FEWBITS_WIDTH(function, 3, digits, __VA_ARGS__)    \
+    FEWBITS_WIDTH(function, 4, digits, __VA_ARGS__)    \
+    FEWBITS_WIDTH(function, 5, digits, __VA_ARGS__)    \
+    FEWBITS_WIDTH(function, 6, digits, __VA_ARGS__)    \
+    FEWBITS_WIDTH(function, 7, digits, __VA_ARGS__)    \
+    FEWBITS_WIDTH(function, 8, digits, __VA_ARGS__)    \
   }
+
+static bool make_plan(const Coded& w, int64_t vectors, int digits, Plan& plan) {
+  if (w.levels.kind != Values::none) return false;
+  FEWBITS_FOR_WIDTH(plan_for, w.bits, digits, w, vectors, plan)
+  return false;
 }
 
 // ---- inputs ---------------------------------------------------------------------------------------------------------------
@@ -83,9 +98,9 @@ static int64_t prepared_floats(const Coded& w, const Plan& plan) {
 }
 
 // Numbers of the columns from `from` on as digits, in the order in which codes leave a block; `vector` of a tile of `tile`.
-template <int Bits>
+template <int Bits, int Digits>
 static void lay_out(const int32_t* numbers, int64_t tile, uint8_t* to) {
-  using Shape = Block<Bits>;
+  using Shape = Block<Bits, Digits>;
   constexpr int columns = Shape::columns, width = columns / Shape::fields;
   if constexpr (Shape::digit_bytes == 2) {  // two digits of 12 bits, in the columns' order
     int16_t* high = reinterpret_cast<int16_t*>(to);
@@ -95,15 +110,16 @@ static void lay_out(const int32_t* numbers, int64_t tile, uint8_t* to) {
     return;
   }
   alignas(64) uint8_t bytes[columns];
-  for (int digit = 0; digit < 3; ++digit) {
-    const int shift = 16 - 8 * digit;
-    for (int c = 0; c < columns; ++c) bytes[c] = static_cast<uint8_t>(((static_cast<uint32_t>(numbers[c]) + 0x808080u) ^ 0x808080u) >> shift);
-    deal<Bits>(bytes, tile * width, to + digit * Shape::fields * tile * width);
+  for (int digit = 0; digit < Digits; ++digit) {
+    const int shift = 8 * (Digits - 1 - digit);
+    constexpr uint32_t middle = 0x808080;  // of every digit: what makes them signed
+    for (int c = 0; c < columns; ++c) bytes[c] = static_cast<uint8_t>(((static_cast<uint32_t>(numbers[c]) + middle) ^ middle) >> shift);
+    deal<Bits, Digits>(bytes, tile * width, to + digit * Shape::fields * tile * width);
   }
 }
 
 // The power of two that `count` inputs are whole multiples of, or are rounded to; NaN where one is not finite.
-static float find_unit(const float* inputs, int64_t count) {
+static float find_unit(const float* inputs, int64_t count, int bits) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t magnitude = as_bits(inputs[i]) & 0x7fffffff;
@@ -113,15 +129,16 @@ static float find_unit(const float* inputs, int64_t count) {
   // Balanced digits end at 127 and not 128 of the highest place, so that the very largest mantissas need one bit more.
   int exponent = static_cast<int>((largest + 0x20000) >> 23) - 126;
   if (exponent < -100) exponent = -100;
-  return as_float(static_cast<uint32_t>(exponent - 23 + 127) << 23);
+  return as_float(static_cast<uint32_t>(exponent - bits + 127) << 23);
 }
 
-template <int Bits>
+template <int Bits, int Digits>
 static void prepare_as(const Product& product, const Plan& plan, int64_t vector, float* room) {
+  using Shape = Block<Bits, Digits>;
   const Coded& w = *product.matrix;
   const int64_t columns = plan.blocks * plan.block, vectors = padded_vectors(plan), digits = plan.blocks * plan.digits_bytes;
   uint8_t* to = reinterpret_cast<uint8_t*>(room) + vector / plan.tile * plan.tile * digits;
-  const int64_t in_tile = vector % plan.tile, field_bytes = plan.block / Block<Bits>::fields * Block<Bits>::digit_bytes;
+  const int64_t in_tile = vector % plan.tile, field_bytes = plan.block / Shape::fields * Shape::digit_bytes;
   float* units = room + vectors * digits / 4 + vector * 2 * group_stride(w);
   float* sums = units + group_stride(w);
   float* values = room + vectors * (digits / 4 + 2 * group_stride(w)) + vector * 2 * columns;
@@ -132,7 +149,7 @@ static void prepare_as(const Product& product, const Plan& plan, int64_t vector,
   for (int64_t g = w.groups; g < group_stride(w); ++g) units[g] = sums[g] = 0.0f;
   for (int64_t from = 0; from < columns; from += plan.run) {
     const int64_t count = least(plan.run, columns - from);
-    const float unit = find_unit(values + from, count);
+    const float unit = find_unit(values + from, count, Shape::digit_bytes == 2 ? 23 : 8 * Digits - 1);
     const bool finite = unit == unit;
     to_integers(values + from, count, finite ? 1.0f / unit : 0.0f, numbers + from);
     if (!finite) std::memset(numbers + from, 0, static_cast<size_t>(count) * 4);
@@ -145,7 +162,7 @@ static void prepare_as(const Product& product, const Plan& plan, int64_t vector,
     }
   }
   for (int64_t block = 0; block < plan.blocks; ++block) {
-    lay_out<Bits>(numbers + block * plan.block, plan.tile, to + block * plan.tile * plan.digits_bytes + in_tile * field_bytes);
+    lay_out<Bits, Digits>(numbers + block * plan.block, plan.tile, to + block * plan.tile * plan.digits_bytes + in_tile * field_bytes);
   }
 }
 
@@ -163,9 +180,9 @@ struct Strip {
   int64_t sums_stride;
 };
 
-template <int Bits, int Rows, int Vectors, int Kind>
+template <int Bits, int Digits, int Rows, int Vectors, int Kind>
 static void multiply_strip(const Strip& strip) {
-  using Shape = Block<Bits>;
+  using Shape = Block<Bits, Digits>;
   constexpr int64_t digits = Shape::columns * Shape::digits * Shape::digit_bytes * Vectors;
   const Plan& plan = *strip.plan;
   const int64_t picked = Kind == Plan::pick ? plan.picks[lanes - 1] + 1 : 0;
@@ -176,7 +193,7 @@ static void multiply_strip(const Strip& strip) {
   const uint8_t* inputs = strip.digits;
   const auto segment = [&](int64_t count, int64_t place) {
     Floats found[Rows][Vectors];
-    multiply_blocks<Bits, Rows, Vectors>(codes, inputs, count, strip.ahead, found);
+    multiply_blocks<Bits, Digits, Rows, Vectors>(codes, inputs, count, strip.ahead, found);
     for (int r = 0; r < Rows; ++r) {
       codes[r] += count * Shape::bytes;
       for (int v = 0; v < Vectors; ++v) {
@@ -217,26 +234,26 @@ static void multiply_strip(const Strip& strip) {
   }
 }
 
-template <int Bits, int Rows, int Vectors>
+template <int Bits, int Digits, int Rows, int Vectors>
 static void multiply_kind(const Strip& strip) {
   switch (strip.plan->kind) {
-    case Plan::broadcast: return multiply_strip<Bits, Rows, Vectors, Plan::broadcast>(strip);
-    case Plan::pick: return multiply_strip<Bits, Rows, Vectors, Plan::pick>(strip);
-    default: return multiply_strip<Bits, Rows, Vectors, Plan::spread_out>(strip);
+    case Plan::broadcast: return multiply_strip<Bits, Digits, Rows, Vectors, Plan::broadcast>(strip);
+    case Plan::pick: return multiply_strip<Bits, Digits, Rows, Vectors, Plan::pick>(strip);
+    default: return multiply_strip<Bits, Digits, Rows, Vectors, Plan::spread_out>(strip);
   }
 }
 
 // All rows of a strip, as many at once as registers allow.
-template <int Bits>
+template <int Bits, int Digits>
 static void multiply_rows(Strip strip, int64_t rows) {
-  constexpr int many = Block<Bits>::rows, few = Block<Bits>::rows_of_tile;
+  constexpr int many = Block<Bits, Digits>::rows, few = Block<Bits, Digits>::rows_of_tile;
   const bool one = strip.plan->tile == 1;
   while (rows > 0) {
     int64_t taken = 1;
-    if (one && rows >= many) multiply_kind<Bits, many, 1>(strip), taken = many;
-    else if (one) multiply_kind<Bits, 1, 1>(strip);
-    else if (rows >= few) multiply_kind<Bits, few, tile_vectors>(strip), taken = few;
-    else multiply_kind<Bits, 1, tile_vectors>(strip);
+    if (one && rows >= many) multiply_kind<Bits, Digits, many, 1>(strip), taken = many;
+    else if (one) multiply_kind<Bits, Digits, 1, 1>(strip);
+    else if (rows >= few) multiply_kind<Bits, Digits, few, tile_vectors>(strip), taken = few;
+    else multiply_kind<Bits, Digits, 1, tile_vectors>(strip);
     rows -= taken;
     for (int64_t r = 0; r < rows; ++r) strip.codes[r] = strip.codes[r + taken];
     strip.scales += taken * strip.stride;
@@ -330,7 +347,7 @@ static Floats scale_by_units(const Coded& w, const Plan& plan, const float* scal
   return away;
 }
 
-template <int Bits>
+template <int Bits, int Digits>
 static void multiply_as(const Product& product, const Plan& plan, const float* prepared, int64_t first, int64_t last, float* scratch) {
   const Coded& w = *product.matrix;
   const int64_t stride = scales_stride(w, plan), grid = group_stride(w), digits = plan.blocks * plan.digits_bytes, vectors = padded_vectors(plan);
@@ -378,7 +395,7 @@ static void multiply_as(const Product& product, const Plan& plan, const float* p
       strip.digits = reinterpret_cast<const uint8_t*>(prepared) + tile * plan.tile * digits;
       strip.sums = sums;
       strip.away = away;
-      multiply_rows<Bits>(strip, rows);
+      multiply_rows<Bits, Digits>(strip, rows);
       for (int64_t v = 0; v < plan.tile && tile * plan.tile + v < product.vectors; ++v) {
         for (int64_t r = 0; r < rows; ++r) {
           put_number(product.outputs, (tile * plan.tile + v) * w.rows + row + r, product.number, sums[r * plan.tile + v]);
@@ -388,29 +405,12 @@ static void multiply_as(const Product& product, const Plan& plan, const float* p
   }
 }
 
-// Calls one of the functions above for the width of the codes, of those that a plan was made for.
-#define FEWBITS_WIDTH(function, width, ...)                                  \
-  case width:                                                                \
-    if constexpr (Block<width>::served) return function<width>(__VA_ARGS__); \
-    break;
-#define FEWBITS_FOR_WIDTH(function, bits, ...) \
-  switch (bits) {                              \
-    FEWBITS_WIDTH(function, 1, __VA_ARGS__)    \
-    FEWBITS_WIDTH(function, 2, __VA_ARGS__)    \
-    FEWBITS_WIDTH(function, 3, __VA_ARGS__)    \
-    FEWBITS_WIDTH(function, 4, __VA_ARGS__)    \
-    FEWBITS_WIDTH(function, 5, __VA_ARGS__)    \
-    FEWBITS_WIDTH(function, 6, __VA_ARGS__)    \
-    FEWBITS_WIDTH(function, 7, __VA_ARGS__)    \
-    FEWBITS_WIDTH(function, 8, __VA_ARGS__)    \
-  }
-
 static void prepare(const Product& product, const Plan& plan, int64_t vector, float* room) {
-  FEWBITS_FOR_WIDTH(prepare_as, product.matrix->bits, product, plan, vector, room)
+  FEWBITS_FOR_WIDTH(prepare_as, product.matrix->bits, plan.digits, product, plan, vector, room)
 }
 
 static void multiply(const Product& product, const Plan& plan, const float* prepared, int64_t first, int64_t last, float* scratch) {
-  FEWBITS_FOR_WIDTH(multiply_as, product.matrix->bits, product, plan, prepared, first, last, scratch)
+  FEWBITS_FOR_WIDTH(multiply_as, product.matrix->bits, plan.digits, product, plan, prepared, first, last, scratch)
 }
 
 #undef FEWBITS_FOR_WIDTH

@@ -6,6 +6,7 @@
 #pragma once
 #include <utility>
 
+#include "additions.h"
 #include "grid.h"
 #ifdef FEWBITS_FIXED
 #include "fixed.h"
@@ -318,40 +319,44 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
   for (int64_t row = first; row < last; row += rows) multiply_chunk(chunk, row, least(row + rows, last));
 }
 
-// ---- fixed point where it serves, floats elsewhere ------------------------------------------------------------------------
+// ---- codes in fixed point where it serves, in floats elsewhere, and what is added to them ------------------------------------------------------------------------
 
 namespace chosen {
 
 static int64_t prepared_floats(const Product& product) {
+  if (product.matrix->form != Coded::packed) return additions::prepared_floats(product);
 #ifdef FEWBITS_FIXED
   fixed::Plan plan;
-  if (fixed::make_plan(*product.matrix, product.vectors, plan)) return fixed::prepared_floats(*product.matrix, plan);
+  if (fixed::make_plan(*product.matrix, product.vectors, product.digits, plan)) return fixed::prepared_floats(*product.matrix, plan);
 #endif
   return FEWBITS_ISA::prepared_floats(product);
 }
 
 static void prepare(const Product& product, int64_t vector, float* room) {
+  if (product.matrix->form != Coded::packed) return additions::prepare(product, vector, room);
 #ifdef FEWBITS_FIXED
   fixed::Plan plan;
-  if (fixed::make_plan(*product.matrix, product.vectors, plan)) return fixed::prepare(product, plan, vector, room);
+  if (fixed::make_plan(*product.matrix, product.vectors, product.digits, plan)) return fixed::prepare(product, plan, vector, room);
 #endif
   FEWBITS_ISA::prepare(product, vector, room);
 }
 
 // For products and for decoding.
 static int64_t scratch_floats(const Coded& w, int64_t vectors) {
+  if (w.form != Coded::packed) return additions::scratch_floats(w);
   const int64_t floats = FEWBITS_ISA::scratch_floats(w, vectors);
 #ifdef FEWBITS_FIXED
   fixed::Plan plan;
-  if (fixed::make_plan(w, vectors, plan)) return floats + fixed::scratch_floats(w, plan);
+  if (fixed::make_plan(w, vectors, 3, plan)) return floats + fixed::scratch_floats(w, plan);
 #endif
   return floats;
 }
 
 static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  if (product.matrix->form != Coded::packed) return additions::multiply(product, prepared, first, last, scratch);
 #ifdef FEWBITS_FIXED
   fixed::Plan plan;
-  if (fixed::make_plan(*product.matrix, product.vectors, plan)) return fixed::multiply(product, plan, prepared, first, last, scratch);
+  if (fixed::make_plan(*product.matrix, product.vectors, product.digits, plan)) return fixed::multiply(product, plan, prepared, first, last, scratch);
 #endif
   FEWBITS_ISA::multiply(product, prepared, first, last, scratch);
 }

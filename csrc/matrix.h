@@ -1,5 +1,6 @@
 // What the kernels see: pointers, sizes and how numbers are written. No torch, no Python.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -29,7 +30,17 @@ struct Values {
 
 // A matrix [rows, columns] of packed codes: value = (code - zero) * scale, or levels[code] * scale.
 // Every row is a little-endian bit stream that begins at a byte; `group` neighbouring columns share a scale.
+//
+// Or, for what is added to such a matrix: numbers as they are in the place of the codes (`plain`), or the entries of compressed
+// sparse rows, their columns in `indices` and each row's beginning in `pointers` (`sparse`).
 struct Coded {
+  enum Form : int { packed = 0, plain = 1, sparse = 2 };
+  Form form = packed;
+  Number number = Number::f32;  // of plain numbers and sparse entries
+  const void* indices = nullptr;
+  int64_t index_bytes = 0;
+  const int32_t* pointers = nullptr;
+  int64_t entries = 0;
   const uint8_t* codes = nullptr;
   int64_t code_bytes = 0;
   int64_t row_bytes = 0;
@@ -49,6 +60,8 @@ struct Product {
   void* outputs;
   int64_t vectors;
   Number number;
+  int digits = 3;  // of 8 bits, that an input may be rounded to where kernels compute in fixed point
+  std::atomic<bool>* broken = nullptr;  // set where a sparse matrix points outside of itself
 };
 
 // What one instruction set offers. Every function works on a range and on memory it is handed, so that threads share nothing.

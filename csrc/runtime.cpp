@@ -60,7 +60,10 @@ typedef uint64_t Line __attribute__((vector_size(64)));
 thread_local Room prepared_room, scratch_room;
 
 // Long runs of rows are fetched better than short ones; a part of a sixteenth at a time leaves no thread waiting for long.
-int64_t task_rows(int64_t rows, int threads) { return std::max(rows / (16 * threads) / chunk_rows * chunk_rows, chunk_rows); }
+int64_t task_rows(const Coded& matrix, int threads) {
+  const int64_t least = matrix.form == Coded::plain ? 4 : chunk_rows;  // of a factor there may be few rows, and long ones
+  return std::max(matrix.rows / (16 * threads) / least * least, least);
+}
 
 int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
@@ -78,7 +81,10 @@ const Kernels& find_kernels(const std::string& name) {
   throw std::invalid_argument("instruction set " + name + " is not available");
 }
 
-void multiply(const Kernels& kernels, const Product& product, int threads) {
+void multiply(const Kernels& kernels, const Product& given, int threads) {
+  std::atomic<bool> broken{false};
+  Product product = given;
+  product.broken = &broken;
   struct Job {
     const Kernels& kernels;
     const Product& product;
@@ -90,7 +96,7 @@ void multiply(const Kernels& kernels, const Product& product, int threads) {
   if (product.vectors == 0 || product.matrix->rows == 0) return;
   threads = std::max(threads, 1);
   const int64_t each = whole_lines(kernels.scratch_floats(*product.matrix, product.vectors));
-  Job job{kernels, product, prepared_room.floats(kernels.prepared_floats(product)), scratch_room.floats(each * threads), each, task_rows(product.matrix->rows, threads)};
+  Job job{kernels, product, prepared_room.floats(kernels.prepared_floats(product)), scratch_room.floats(each * threads), each, task_rows(*product.matrix, threads)};
   const auto prepare = [](void* context, int64_t vector, int) {
     const Job& job = *static_cast<Job*>(context);
     job.kernels.prepare(job.product, vector, job.prepared);
@@ -103,6 +109,7 @@ void multiply(const Kernels& kernels, const Product& product, int threads) {
     job.kernels.multiply(job.product, job.prepared, first, last, job.scratch + worker * job.scratch_each);
   };
   run_tasks(threads, (product.matrix->rows + job.rows - 1) / job.rows, work, &job);
+  if (broken.load()) throw std::invalid_argument("a sparse matrix has entries outside of it");
 }
 
 void decode(const Kernels& kernels, const Coded& matrix, int64_t first, int64_t last, void* out, Number number, int threads) {

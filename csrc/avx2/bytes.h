@@ -6,20 +6,20 @@ namespace FEWBITS_ISA {
 namespace fixed {
 
 // How codes of a width come out of memory: `fields` vectors of bytes for a block of columns.
-template <int Bits>
+template <int Bits, int Digits>
 struct Block {
   static constexpr bool served = 8 % Bits == 0, only_whole = Bits == 8;
   static constexpr int fields = served ? 8 / Bits : 1;
   static constexpr int columns = 32 * fields, bytes = 32, read_bytes = 32, per_lane = Bits == 8 ? 2 : 4 * fields;
   // Products of bytes of 8 bits and digits of 8 bits would not fit 16 bits: two digits of 12 bits, and the codes widened.
-  static constexpr int digit_bytes = Bits == 8 ? 2 : 1, digits = Bits == 8 ? 2 : 3;
+  static constexpr int digit_bytes = Bits == 8 ? 2 : 1, digits = Bits == 8 ? 2 : Digits;
   static constexpr int longest = Bits == 8 ? 32 : Bits == 4 ? 2 : 4;  // blocks whose sums of codes times 2**23 stay in 32 bits
   static constexpr int rows = 2, rows_of_tile = 1;
 };
 
-template <int Bits>
+template <int Bits, int Digits>
 static inline void deal(const uint8_t* bytes, int64_t stride, uint8_t* to) {
-  constexpr int fields = Block<Bits>::fields;
+  constexpr int fields = Block<Bits, Digits>::fields;
   for (int f = 0; f < fields; ++f) for (int i = 0; i < 32; ++i) to[f * stride + i] = bytes[fields * i + f];
 }
 
@@ -31,10 +31,10 @@ static inline __m256i take_field(__m256i all, int field) {
 static inline __attribute__((always_inline)) void fetch(const uint8_t* from) { _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1); }
 
 // Sums of `count` blocks, lane by lane, in units of the inputs; `digits` lie [block, digit, field, vector, 32].
-template <int Bits, int Rows, int Vectors>
+template <int Bits, int Digits, int Rows, int Vectors>
 static inline __attribute__((always_inline)) void multiply_blocks(const uint8_t* const* codes, const uint8_t* digits, int64_t count, int64_t ahead,
                                                                   Floats (*found)[Vectors]) {
-  using Shape = Block<Bits>;
+  using Shape = Block<Bits, Digits>;
   constexpr int kinds = Shape::digits;
   __m256i sum[kinds][Rows][Vectors];
 #pragma GCC unroll 8
@@ -66,7 +66,7 @@ static inline __attribute__((always_inline)) void multiply_blocks(const uint8_t*
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) code[r] = take_field<Bits>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes[r] + block * 32)), f);
 #pragma GCC unroll 8
-        for (int digit = 0; digit < 3; ++digit) {
+        for (int digit = 0; digit < kinds; ++digit) {
 #pragma GCC unroll 8
           for (int v = 0; v < Vectors; ++v) {
             const __m256i input = _mm256_load_si256(inputs + (digit * Shape::fields + f) * Vectors + v);
@@ -84,9 +84,11 @@ static inline __attribute__((always_inline)) void multiply_blocks(const uint8_t*
       if constexpr (Bits == 8) {
         found[r][v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[0][r][v]), _mm256_set1_ps(4096.0f), _mm256_cvtepi32_ps(sum[1][r][v]));
       } else {
-        const __m256i high = _mm256_madd_epi16(sum[0][r][v], _mm256_set1_epi16(256)), middle = _mm256_madd_epi16(sum[1][r][v], _mm256_set1_epi16(1));
-        const __m256i low = _mm256_madd_epi16(sum[2][r][v], _mm256_set1_epi16(1));
-        found[r][v] = _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(_mm256_add_epi32(high, middle), 8), low));
+        const __m256i one = _mm256_set1_epi16(1);
+        __m256i all = _mm256_madd_epi16(sum[0][r][v], kinds == 1 ? one : _mm256_set1_epi16(256));
+        if constexpr (kinds >= 2) all = _mm256_add_epi32(all, _mm256_madd_epi16(sum[1][r][v], one));
+        if constexpr (kinds == 3) all = _mm256_add_epi32(_mm256_slli_epi32(all, 8), _mm256_madd_epi16(sum[2][r][v], one));
+        found[r][v] = _mm256_cvtepi32_ps(all);
       }
     }
   }

@@ -6,14 +6,14 @@ namespace FEWBITS_ISA {
 namespace fixed {
 
 // How codes of a width come out of memory: `fields` vectors of bytes for a block of columns.
-template <int Bits>
+template <int Bits, int Digits>
 struct Block {
   static constexpr bool served = true, only_whole = false, cut = 8 % Bits == 0;  // whether whole codes fill bytes
   static constexpr int fields = cut ? 8 / Bits : Bits == 3 ? 2 : 1;
   static constexpr int columns = 64 * fields, bytes = columns * Bits / 8, read_bytes = 64, per_lane = columns / lanes;
-  static constexpr int digits = 3, digit_bytes = 1;
-  // A lane's sum of codes times 2**23 stays in 32 bits; wider codes have their digits summed apart.
-  static constexpr bool joined = ((1 << Bits) - 1) * per_lane < 256;
+  static constexpr int digits = Digits, digit_bytes = 1;
+  // A lane's sum of codes times inputs stays in 32 bits; wider codes have their digits summed apart, over some blocks.
+  static constexpr bool joined = Bits <= 6;
   static constexpr int longest = joined ? 1 : 16;  // blocks that may be summed before sums are scaled
   static constexpr int rows = 4, rows_of_tile = joined ? 2 : 1;
 };
@@ -29,10 +29,10 @@ static inline __m512i fresh_zero() {
 template <int Bits>
 static inline __m512i read_block(const uint8_t* from) {
   const __m512i all = _mm512_loadu_si512(from);
-  if constexpr (Block<Bits>::cut) {
+  if constexpr ((8 % Bits == 0)) {
     return all;
   } else {
-    constexpr int step = Block<Bits>::fields * Bits;  // bytes that a word takes
+    constexpr int step = (Bits == 3 ? 2 : 1) * Bits;  // bytes that a word takes
     alignas(64) static constexpr auto order = [] {
       struct { uint8_t at[64]; } made{};
       for (int i = 0; i < 64; ++i) made.at[i] = static_cast<uint8_t>(i / 8 * step + (i % 8 < step ? i % 8 : 0));
@@ -47,7 +47,7 @@ template <int Bits>
 static inline __m512i take_field(__m512i all, int field) {
   const __m512i mask = _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1));
   if constexpr (Bits == 8) return all;
-  if constexpr (Block<Bits>::cut) return _mm512_and_si512(field == 0 ? all : _mm512_srli_epi16(all, static_cast<unsigned>(Bits * field)), mask);
+  if constexpr ((8 % Bits == 0)) return _mm512_and_si512(field == 0 ? all : _mm512_srli_epi16(all, static_cast<unsigned>(Bits * field)), mask);
   // The bit of a word at which each of eight codes begins; two lanes of 24 bits, four codes of each a field, where they have 3.
   constexpr auto starts = [](int of) {
     uint64_t made = 0;
@@ -58,9 +58,9 @@ static inline __m512i take_field(__m512i all, int field) {
 }
 
 // One digit of a block's columns, dealt to the fields; a field's bytes lie `stride` behind the last one's.
-template <int Bits>
+template <int Bits, int Digits>
 static inline void deal(const uint8_t* bytes, int64_t stride, uint8_t* to) {
-  constexpr int fields = Block<Bits>::fields, each = 64 / fields;
+  constexpr int fields = Block<Bits, Digits>::fields, each = 64 / fields;
   for (int i = 0; i < fields; ++i) {
     const __m512i all = _mm512_load_si512(bytes + 64 * i);
 #pragma GCC unroll 8
@@ -78,26 +78,26 @@ static inline void deal(const uint8_t* bytes, int64_t stride, uint8_t* to) {
 static inline Floats converted(__m512i numbers) { return reinterpret_cast<Floats>(_mm512_cvtepi32_ps(numbers)); }
 
 // Sums of `count` blocks, lane by lane, in units of the inputs; `digits` lie [block, digit, field, vector, 64].
-template <int Bits, int Rows, int Vectors>
+template <int Bits, int Digits, int Rows, int Vectors>
 static inline __attribute__((always_inline)) void multiply_blocks(const uint8_t* const* codes, const uint8_t* digits, int64_t count, int64_t ahead,
                                                                   Floats (*found)[Vectors]) {
-  using Shape = Block<Bits>;
+  using Shape = Block<Bits, Digits>;
   if constexpr (Shape::joined && Vectors == 1) {  // the digits' sums apart: more of them than one product takes time
-    __m512i all[Rows], sum[3][Rows];
+    __m512i all[Rows], sum[Digits][Rows];
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       all[r] = read_block<Bits>(codes[r]);
       _mm_prefetch(reinterpret_cast<const char*>(codes[r] + ahead), _MM_HINT_T1);
     }
 #pragma GCC unroll 8
-    for (int digit = 0; digit < 3; ++digit) for (int r = 0; r < Rows; ++r) sum[digit][r] = fresh_zero();
+    for (int digit = 0; digit < Digits; ++digit) for (int r = 0; r < Rows; ++r) sum[digit][r] = fresh_zero();
 #pragma GCC unroll 8
     for (int f = 0; f < Shape::fields; ++f) {
       __m512i code[Rows];
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) code[r] = take_field<Bits>(all[r], f);
 #pragma GCC unroll 8
-      for (int digit = 0; digit < 3; ++digit) {
+      for (int digit = 0; digit < Digits; ++digit) {
         const __m512i input = _mm512_load_si512(digits + (digit * Shape::fields + f) * 64);
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) sum[digit][r] = _mm512_dpbusd_epi32(sum[digit][r], code[r], input);
@@ -105,8 +105,10 @@ static inline __attribute__((always_inline)) void multiply_blocks(const uint8_t*
     }
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
-      const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sum[0][r], 8), sum[1][r]);
-      found[r][0] = converted(_mm512_add_epi32(_mm512_slli_epi32(high, 8), sum[2][r]));
+      __m512i all = sum[0][r];
+      if constexpr (Digits >= 2) all = _mm512_add_epi32(_mm512_slli_epi32(all, 8), sum[1][r]);
+      if constexpr (Digits == 3) all = _mm512_add_epi32(_mm512_slli_epi32(all, 8), sum[2][r]);
+      found[r][0] = converted(all);
     }
     (void)count;
   } else if constexpr (Shape::joined) {
@@ -120,7 +122,7 @@ static inline __attribute__((always_inline)) void multiply_blocks(const uint8_t*
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) sum[r][v] = fresh_zero();
 #pragma GCC unroll 8
-    for (int digit = 0; digit < 3; ++digit) {
+    for (int digit = 0; digit < Digits; ++digit) {
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) if (digit > 0) sum[r][v] = _mm512_slli_epi32(sum[r][v], 8);
 #pragma GCC unroll 8
@@ -137,9 +139,9 @@ static inline __attribute__((always_inline)) void multiply_blocks(const uint8_t*
     for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) found[r][v] = converted(sum[r][v]);
     (void)count;
   } else {
-    __m512i sum[3][Rows][Vectors];
+    __m512i sum[Digits][Rows][Vectors];
 #pragma GCC unroll 8
-    for (int digit = 0; digit < 3; ++digit) for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) sum[digit][r][v] = fresh_zero();
+    for (int digit = 0; digit < Digits; ++digit) for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) sum[digit][r][v] = fresh_zero();
     for (int64_t block = 0; block < count; ++block) {
       __m512i code[Rows];
 #pragma GCC unroll 8
@@ -148,10 +150,10 @@ static inline __attribute__((always_inline)) void multiply_blocks(const uint8_t*
         if (Vectors == 1) _mm_prefetch(reinterpret_cast<const char*>(codes[r] + block * Shape::bytes + ahead), _MM_HINT_T1);
       }
 #pragma GCC unroll 8
-      for (int digit = 0; digit < 3; ++digit) {
+      for (int digit = 0; digit < Digits; ++digit) {
 #pragma GCC unroll 8
         for (int v = 0; v < Vectors; ++v) {
-          const __m512i input = _mm512_load_si512(digits + ((block * 3 + digit) * Vectors + v) * 64);
+          const __m512i input = _mm512_load_si512(digits + ((block * Digits + digit) * Vectors + v) * 64);
 #pragma GCC unroll 8
           for (int r = 0; r < Rows; ++r) sum[digit][r][v] = _mm512_dpbusd_epi32(sum[digit][r][v], code[r], input);
         }
@@ -160,8 +162,10 @@ static inline __attribute__((always_inline)) void multiply_blocks(const uint8_t*
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       for (int v = 0; v < Vectors; ++v) {
-        const __m512i high = _mm512_add_epi32(_mm512_slli_epi32(sum[0][r][v], 8), sum[1][r][v]);
-        found[r][v] = multiply_add(converted(high), spread(256.0f), converted(sum[2][r][v]));
+        __m512i high = sum[0][r][v];
+        if constexpr (Digits >= 2) high = _mm512_add_epi32(_mm512_slli_epi32(high, 8), sum[1][r][v]);
+        found[r][v] = converted(high);
+        if constexpr (Digits == 3) found[r][v] = multiply_add(found[r][v], spread(256.0f), converted(sum[2][r][v]));
       }
     }
   }

@@ -13,13 +13,18 @@ from torch import Tensor
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import CompressedTensor, Term
 from fewbits.formats.codebook import Codebook
+from fewbits.formats.dense import Dense
 from fewbits.formats.minifloat import E2M1, E4M3, Layout, Minifloat
+from fewbits.formats.sparse import Sparse
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 
 # Of the sum of |input| * (|code * scale| + |zero * scale|): what sums of a thousand float32 products may be off by.
 FLOAT32_LIMIT = 1e-6
+# Of the largest |input| times (|code * scale| + |zero * scale|), for each square root of a column: what inputs in fixed point of fewer
+# digits may be off by, at seven times the deviation of errors that are half a unit, 2**-7 or 2**-15 of the largest input, at most.
+DIGITS_LIMIT = {1: 2**-5, 2: 2**-13}
 ROUNDED_TO = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # of the product: the output's own rounding
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
@@ -69,6 +74,82 @@ def assert_agrees(term, inputs: Tensor) -> None:
     limit = FLOAT32_LIMIT * inputs.double().abs().sum(-1, keepdim=True) * grid_size(term).T
     limit = limit + ROUNDED_TO[inputs.dtype] * (expected.abs() + limit) + torch.finfo(inputs.dtype).smallest_normal
     assert bool(((found.double() - expected).abs() <= limit).all())
+
+
+def fixed_point(isa: str, bits: int) -> bool:
+    return isa == "avx512vnni" or (isa == "avx2" and bits in (1, 2, 4))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("digits", [1, 2])
+def test_fewer_digits_of_inputs_are_asked_for_and_keep_their_own_limit(isa, bits, digits, monkeypatch):
+    monkeypatch.setenv("FEWBITS_INPUT_DIGITS", str(digits))
+    for columns, group_size in ((1100, None), (390, 128), (256, 32)):
+        term, inputs = uniform(bits, 11, columns, group_size, "integer"), torch.randn(3, columns, generator=sample(4))
+        for some in (inputs, inputs[:1]):
+            error = (term.matmul(some).double() - some.double() @ term.define(torch.float64).T).abs() / grid_size(term).T
+            largest = some.double().abs().amax(-1, keepdim=True)
+            assert bool((error <= DIGITS_LIMIT[digits] * columns**0.5 * largest).all())
+            rounded = bool((error > FLOAT32_LIMIT * some.double().abs().sum(-1, keepdim=True)).any())
+            if digits == 1:  # where kernels compute in fixed point the choice is a loss, elsewhere there is none
+                assert rounded == fixed_point(isa, bits)
+
+
+def test_digits_out_of_range_are_an_error(isa, monkeypatch):
+    monkeypatch.setenv("FEWBITS_INPUT_DIGITS", "4")
+    with pytest.raises(InputError, match="FEWBITS_INPUT_DIGITS='4' is out of range; 1, 2 or 3 would be right"):
+        uniform(4, 4, 16, 8, "integer").matmul(torch.randn(1, 16))
+
+
+def test_an_input_far_above_the_others_and_inputs_of_any_size(isa):
+    term = uniform(4, 9, 512, 128, "real")
+    inputs = torch.randn(4, 512, generator=sample(1))
+    inputs[0, 77] = 3e4
+    inputs[1] *= 1e-30
+    inputs[2] *= 1e30
+    inputs[3, 1:] = 0
+    assert_agrees(term, inputs)
+    for row in inputs:
+        assert_agrees(term, row[None])
+    inputs[0, 5], inputs[2, 300] = torch.inf, torch.nan
+    assert not torch.isfinite(term.matmul(inputs)[[0, 2]]).any() and torch.isfinite(term.matmul(inputs)[[1, 3]]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("columns", [1, 37, 300, 33000])
+def test_sparse_rows_and_plain_numbers_agree(isa, dtype, columns):
+    generator = sample(columns)
+    matrix = torch.randn(9, columns, generator=generator)
+    mask = torch.rand(9, columns, generator=generator) < 0.06
+    mask[[3, 8]] = False  # rows without entries
+    mask[7] = True
+    for term in (Sparse.from_dense(matrix, mask, dtype), Dense(matrix.to(dtype))):
+        for input_dtype in {torch.float32, torch.bfloat16} - ({dtype} if isinstance(term, Dense) else set()):
+            for vectors in (1, 3, 33) if isinstance(term, Sparse) else (1, 3):
+                inputs = torch.randn(vectors, columns, generator=generator).to(input_dtype)
+                before = dispatch.counts["multiply"]
+                found = term.matmul(inputs)
+                native_one = vectors < 33 and (isinstance(term, Sparse) or dtype != torch.float32)
+                assert dispatch.counts["multiply"] == before + native_one
+                weight = term.decode().double()
+                reach = inputs.double().abs() @ weight.abs().T
+                limit = FLOAT32_LIMIT * reach + (ROUNDED_TO[input_dtype] if native_one else 2**-7) * reach
+                assert bool(((found.double() - inputs.double() @ weight.T).abs() <= limit + 1e-30).all())
+
+
+def test_a_sparse_matrix_that_points_outside_is_refused(isa):
+    term = Sparse.from_dense(torch.ones(6, 40), torch.rand(6, 40, generator=sample(0)) < 0.5)
+    inputs = torch.ones(1, 40)
+    columns, pointers = term.column_indices.clone(), term.row_pointers.clone()
+    columns[11] = 40
+    with pytest.raises(ValueError, match="a sparse matrix has entries outside of it"):
+        Sparse(term.values, columns, term.row_pointers, 40).matmul(inputs)
+    columns[11] = -1
+    with pytest.raises(ValueError, match="a sparse matrix has entries outside of it"):
+        Sparse(term.values, columns, term.row_pointers, 40).matmul(inputs)
+    pointers[3] = 10**6
+    with pytest.raises(ValueError, match="a sparse matrix has entries outside of it"):
+        Sparse(term.values, term.column_indices, pointers, 40).matmul(inputs)
 
 
 SHAPES = {  # of a matrix and of what it is multiplied with
@@ -250,6 +331,7 @@ def test_without_the_extension_the_definition_serves_and_says_so_once():
 import sys, warnings
 sys.modules["fewbits.kernels._native"] = None
 import torch
+from fewbits.formats.sparse import Sparse
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
 term = Uniform.from_codes(torch.arange(8).view(2, 4), torch.ones(2, 1), None, bits=3)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
+from fewbits.kernels import dispatch, layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,12 @@ class Dense(Term, kind="dense"):
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.values.to(dtype)
+
+    def matmul(self, inputs: Tensor) -> Tensor:
+        # Torch would write numbers of 16 bits out in the inputs' dtype first, each time.
+        narrow = self.values.dtype != inputs.dtype and self.values.element_size() == 2
+        found = dispatch.multiply(layout.plain(self.values), inputs) if narrow else None
+        return super().matmul(inputs) if found is None else found
 
     def stacked(self, below: Term) -> Term | None:
         return self._joined(below, 0)

@@ -11,6 +11,7 @@ from torch import Tensor
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
 from fewbits.formats.packing import pack, unpack
+from fewbits.kernels import dispatch, layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,10 @@ class Sparse(Term, kind="sparse"):
         rows = torch.repeat_interleave(self.row_pointers.long().diff())
         matrix[rows, self.column_indices.long()] = self.values.float()
         return matrix.to(dtype)
+
+    def matmul(self, inputs: Tensor) -> Tensor:
+        found = dispatch.multiply(layout.sparse(self.values, self.column_indices, self.row_pointers, self.columns), inputs)
+        return super().matmul(inputs) if found is None else found
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.kernels import native
-from fewbits.kernels.layout import Description
+from fewbits.kernels.layout import Description, has_codes
 
 FEW_VECTORS = 32  # up to which codes are read as they are; above, a matrix product on decoded weights is faster
 _TILE_BYTES = 16 * 2**20  # of decoded weights that are in memory at once
@@ -31,6 +31,9 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
     if inputs.numel() <= FEW_VECTORS * inputs.shape[-1]:
         plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
         return _multiply(inputs, matrix.tensors, matrix.layout) if plain else _multiply_op(inputs, matrix.tensors, matrix.layout)
+    if not has_codes(matrix):
+        counts["definition"] += 1
+        return None
     rows, columns = matrix.layout[:2]
     step = max(1, _TILE_BYTES // (columns * inputs.element_size()))
     parts = [inputs @ _rows(matrix, first, min(first + step, rows), inputs.dtype).T for first in range(0, rows, step)]

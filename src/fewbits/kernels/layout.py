@@ -13,6 +13,7 @@ from torch import Tensor
 from fewbits.kernels.native import number
 
 _NONE, _DENSE, _PACKED, _CODED, _TABLE = range(5)
+_PLAIN, _SPARSE = 1, 2  # forms of matrices without codes, whose width is given as 0 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,3 +53,21 @@ def coded(sizes: tuple[int, int, int, int], codes: Tensor, levels: Description, 
     parts = (levels, scales, zeros)
     tensors = sum((part.tensors for part in parts), start=(codes,))
     return Description(tensors, sum((part.layout for part in parts), start=sizes))
+
+
+def plain(values: Tensor) -> Description | None:
+    """A matrix of numbers as they are; None where kernels do not read their dtype."""
+    kind = number(values.dtype)
+    return None if kind is None else Description((values,), (*values.shape, 0, _PLAIN, kind))
+
+
+def sparse(values: Tensor, indices: Tensor, pointers: Tensor, columns: int) -> Description | None:
+    """Compressed sparse rows: indices int16 or int32, pointers int32; None where kernels do not read the dtype of the values."""
+    kind = number(values.dtype)
+    sizes = (pointers.numel() - 1, columns, 0, _SPARSE)
+    return None if kind is None else Description((values, indices, pointers), (*sizes, kind, indices.element_size(), values.numel()))
+
+
+def has_codes(matrix: Description) -> bool:
+    """Whether a matrix is one of codes, which can also be decoded."""
+    return matrix.layout[2] != 0

@@ -64,6 +64,16 @@ def _choose(forced: str) -> str | None:
     return forced
 
 
+def digits() -> int:
+    """Of 8 bits, that inputs are rounded to where kernels compute in fixed point: 3, as exact as float32, unless FEWBITS_INPUT_DIGITS
+    asks for 2 or 1, which are faster. Raises InputError for anything else.
+    """
+    asked = os.environ.get("FEWBITS_INPUT_DIGITS", "") or "3"
+    if asked not in ("1", "2", "3"):
+        raise InputError(f"FEWBITS_INPUT_DIGITS={asked!r} is out of range; 1, 2 or 3 would be right")
+    return int(asked)
+
+
 def number(dtype: torch.dtype) -> int | None:
     """How kernels call a dtype; None where they cannot read it."""
     return _NUMBERS.get(dtype)
@@ -79,7 +89,8 @@ def multiply(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], inputs:
     outputs = inputs.new_empty(*inputs.shape[:-1], layout[0])
     vectors = inputs.numel() // layout[1]
     addresses = inputs.data_ptr(), outputs.data_ptr()
-    _extension.multiply(isa, layout, _buffers(tensors), *addresses, vectors, _NUMBERS[inputs.dtype], torch.get_num_threads())
+    sizes = vectors, _NUMBERS[inputs.dtype], torch.get_num_threads(), digits()
+    _extension.multiply(isa, layout, _buffers(tensors), *addresses, *sizes)
     return outputs
 
 
@@ -99,3 +110,19 @@ def read_pass(tensor: Tensor) -> int:
 
 def _buffers(tensors: Sequence[Tensor]) -> list[int]:
     return [number for tensor in tensors for number in (tensor.data_ptr(), tensor.nbytes)]
+
+
+def best_edges(sums: Sequence[Tensor], count: int) -> Tensor:
+    """int64 `[rows, count + 1]`: where the best `count` clusters of sorted numbers begin and end; `solvers/kmeans.py` defines it.
+
+    `sums` are float64 `[rows, n + 1]`: weights, weighted values and weighted squares before each place. Raises ValueError for
+    sizes that do not fit.
+    """
+    assert _extension is not None
+    held = [one.contiguous() for one in sums]
+    rows, width = held[0].shape
+    if any(one.shape != held[0].shape or one.dtype != torch.float64 for one in held):
+        raise ValueError("three sums of one shape in float64 would be right")
+    edges = torch.empty(rows, count + 1, dtype=torch.int64)
+    _extension.best_edges([one.data_ptr() for one in held], rows, width - 1, count, edges.data_ptr(), torch.get_num_threads())
+    return edges

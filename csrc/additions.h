@@ -1,0 +1,128 @@
+// What is added to a matrix of codes: few entries in compressed sparse rows, and the thin factors of a low-rank term.
+#pragma once
+#include "grid.h"
+
+namespace fewbits {
+namespace FEWBITS_ISA {
+namespace additions {
+
+constexpr int64_t slab = 2048;  // numbers that are read at once
+
+static inline int64_t padded_columns(const Coded& w) { return rounded_up(w.columns, lanes); }
+static inline int64_t padded_vectors(int64_t vectors) { return vectors == 1 ? 1 : rounded_up(vectors, 4); }
+
+// Inputs as floats: one vector after the other for plain numbers, all vectors of a column side by side for sparse rows.
+static int64_t prepared_floats(const Product& product) {
+  return padded_columns(*product.matrix) * (padded_vectors(product.vectors) + product.vectors);
+}
+
+static void prepare(const Product& product, int64_t vector, float* room) {
+  const Coded& w = *product.matrix;
+  if (vector >= product.vectors) return;
+  const int64_t padded = padded_columns(w), vectors = padded_vectors(product.vectors);
+  const bool apart = w.form == Coded::plain || product.vectors == 1;
+  float* to = apart ? room + vector * padded : room + vectors * padded + vector * padded;
+  read_numbers(product.inputs, vector * w.columns, product.number, w.columns, to);
+  for (int64_t c = w.columns; c < padded; ++c) to[c] = 0.0f;
+  if (!apart) for (int64_t c = 0; c < w.columns; ++c) room[c * vectors + vector] = to[c];
+}
+
+static inline int64_t slab_rows(const Coded& w) { return slab / padded_columns(w) > 1 ? slab / padded_columns(w) : 1; }
+
+static int64_t scratch_floats(const Coded& w) {
+  const int64_t plain = slab_rows(w) * w.columns + padded_columns(w) + lanes;
+  return plain > slab ? plain : slab;
+}
+
+static void multiply_plain(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  const Coded& w = *product.matrix;
+  const int64_t rows = slab_rows(w), whole = w.columns / lanes * lanes, padded = padded_columns(w);
+  for (int64_t row = first; row < last; row += rows) {
+    const int64_t count = least(rows, last - row);
+    read_numbers(w.codes, row * w.columns, w.number, count * w.columns, scratch);
+    for (int64_t r = 0; r < count; ++r) {
+      const float* weights = scratch + r * w.columns;
+      float rest[lanes] = {};
+      for (int64_t c = whole; c < w.columns; ++c) rest[c - whole] = weights[c];
+      for (int64_t v = 0; v < product.vectors; ++v) {
+        const float* inputs = prepared + v * padded;
+        Floats sums[4] = {zeros(), zeros(), zeros(), zeros()};
+        int64_t c = 0;
+        for (; c + 4 * lanes <= whole; c += 4 * lanes) {
+          for (int i = 0; i < 4; ++i) sums[i] = multiply_add(load(weights + c + i * lanes), load(inputs + c + i * lanes), sums[i]);
+        }
+        for (; c < whole; c += lanes) sums[0] = multiply_add(load(weights + c), load(inputs + c), sums[0]);
+        if (whole < w.columns) sums[1] = multiply_add(load(rest), load(inputs + whole), sums[1]);
+        put_number(product.outputs, v * w.rows + row + r, product.number, sum(add(add(sums[0], sums[1]), add(sums[2], sums[3]))));
+      }
+    }
+  }
+}
+
+template <typename Index>
+static bool all_below(const Index* indices, int64_t count, int64_t columns) {
+  Index largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = indices[i] > largest ? indices[i] : largest;
+  return static_cast<int64_t>(largest) < columns;
+}
+
+template <typename Index>
+static float sparse_dot(const float* values, const Index* indices, int64_t count, const float* inputs) {
+  float sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) for (int j = 0; j < 4; ++j) sums[j] += values[i + j] * inputs[indices[i + j]];
+  for (; i < count; ++i) sums[0] += values[i] * inputs[indices[i]];
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// Indices, unsigned, are looked at before they are followed; a row that is not right is left out and told.
+template <typename Index>
+static void multiply_sparse(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  const Coded& w = *product.matrix;
+  const int64_t vectors = padded_vectors(product.vectors), entry = w.number == Number::f32 ? 4 : 2;
+  const Index* indices = static_cast<const Index*>(w.indices);
+  constexpr int64_t most = 32;  // vectors at a time
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t from = w.pointers[row], to = w.pointers[row + 1];
+    if (from < 0 || from > to || to > w.entries) {
+      product.broken->store(true);
+      continue;
+    }
+    __builtin_prefetch(w.codes + (to + 256) * entry, 0, 2);
+    __builtin_prefetch(indices + to + 256, 0, 2);
+    for (int64_t begin = 0; begin < vectors; begin += most) {
+      float sums[most] = {};
+      const int64_t width = least(most, vectors - begin);
+      for (int64_t at = from; at < to; at += slab) {
+        const int64_t count = least(slab, to - at);
+        if (!all_below(indices + at, count, w.columns)) {
+          product.broken->store(true);
+          break;
+        }
+        read_numbers(w.codes, at, w.number, count, scratch);
+        if (vectors == 1) {
+          sums[0] += sparse_dot(scratch, indices + at, count, prepared);
+          continue;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+          const float* inputs = prepared + static_cast<int64_t>(indices[at + i]) * vectors + begin;
+          for (int64_t v = 0; v < width; ++v) sums[v] += scratch[i] * inputs[v];
+        }
+      }
+      for (int64_t v = begin; v < least(begin + most, product.vectors); ++v) {
+        put_number(product.outputs, v * w.rows + row, product.number, sums[v - begin]);
+      }
+    }
+  }
+}
+
+static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  const Coded& w = *product.matrix;
+  if (w.form == Coded::plain) return multiply_plain(product, prepared, first, last, scratch);
+  if (w.index_bytes == 2) return multiply_sparse<uint16_t>(product, prepared, first, last, scratch);
+  multiply_sparse<uint32_t>(product, prepared, first, last, scratch);
+}
+
+}  // namespace additions
+}  // namespace FEWBITS_ISA
+}  // namespace fewbits
