@@ -6,6 +6,7 @@
 #include <list>
 #include <stdexcept>
 
+#include "attention.h"
 #include "runtime.h"
 
 namespace nb = nanobind;
@@ -33,13 +34,16 @@ class Reader {
  public:
   Reader(const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers) : layout_(layout), buffers_(buffers) {}
 
-  const Coded& read_whole(bool others = false) {
-    const Coded& found = read_coded(0, others);
-    require(at_ == layout_.size() && buffer_ == buffers_.size(), "a layout describes less than was given");
+  const Coded& read_whole() {
+    const Coded& found = read_coded(0);
+    finish();
     return found;
   }
 
- private:
+  const Coded& read_matrix() { return read_coded(0); }
+
+  void finish() const { require(at_ == layout_.size() && buffer_ == buffers_.size(), "a layout describes less than was given"); }
+
   int64_t next(int64_t low, int64_t high) {
     require(at_ < layout_.size(), "a layout ends too early");
     const int64_t value = layout_[at_++];
@@ -47,40 +51,22 @@ class Reader {
     return value;
   }
 
-  const void* next_buffer(int64_t bytes) {
+  const void* next_buffer(int64_t bytes, bool exactly = true) {
     require(buffer_ + 2 <= buffers_.size(), "a layout needs more buffers than were given");
     const uint64_t address = buffers_[buffer_], size = buffers_[buffer_ + 1];
     buffer_ += 2;
-    require(size == static_cast<uint64_t>(bytes), "a buffer is not of the size that its layout says");
+    require(exactly ? size == static_cast<uint64_t>(bytes) : size >= static_cast<uint64_t>(bytes), "a buffer is not of the size that its layout says");
     require(address != 0 || bytes == 0, "a buffer has no memory");
     return reinterpret_cast<const void*>(address);
   }
 
-  // Numbers as they are, or compressed sparse rows.
-  const Coded& read_other(Coded& matrix) {
-    matrix.form = static_cast<Coded::Form>(next(1, 2));
-    matrix.number = to_number(next(0, 2));
-    require(matrix.columns <= largest / matrix.rows, "a matrix is too large");
-    if (matrix.form == Coded::plain) {
-      matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.rows * matrix.columns * size_of(matrix.number)));
-      return matrix;
-    }
-    matrix.index_bytes = next(2, 4);
-    require(matrix.index_bytes != 3, "the columns of entries must be of 2 or 4 bytes");
-    matrix.entries = next(0, largest);
-    matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.entries * size_of(matrix.number)));
-    matrix.indices = next_buffer(matrix.entries * matrix.index_bytes);
-    matrix.pointers = static_cast<const int32_t*>(next_buffer((matrix.rows + 1) * 4));
-    return matrix;
-  }
-
-  const Coded& read_coded(int depth, bool others = false) {
+ private:
+  const Coded& read_coded(int depth) {
     require(depth < 3, "scales of scales of scales are not known");
     Coded& coded = made_.emplace_back();
     coded.rows = next(1, largest);
     coded.columns = next(1, largest);
-    coded.bits = static_cast<int>(next(depth == 0 && others ? 0 : 1, 8));
-    if (coded.bits == 0) return read_other(coded);
+    coded.bits = static_cast<int>(next(1, 8));
     coded.group = std::min(next(1, largest), coded.columns);
     coded.groups = (coded.columns + coded.group - 1) / coded.group;
     coded.row_bytes = (coded.columns * coded.bits + 7) / 8;
@@ -144,12 +130,11 @@ std::vector<std::string> available() {
 }
 
 void multiply(const std::string& isa, const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers, uint64_t inputs, uint64_t outputs,
-              int64_t vectors, int64_t number, int threads, int digits) {
+              int64_t vectors, int64_t number, int threads) {
   Reader reader(layout, buffers);
-  const Coded& matrix = reader.read_whole(true);
-  require(digits >= 1 && digits <= 3, "inputs must have 1 to 3 digits");
+  const Coded& matrix = reader.read_whole();
   require(vectors >= 0 && vectors <= largest / std::max(matrix.rows, matrix.columns), "the number of vectors is out of range");
-  const fewbits::Product product{&matrix, reinterpret_cast<const void*>(inputs), reinterpret_cast<void*>(outputs), vectors, to_number(number), digits};
+  const fewbits::Product product{&matrix, reinterpret_cast<const void*>(inputs), reinterpret_cast<void*>(outputs), vectors, to_number(number)};
   const fewbits::Kernels& kernels = fewbits::find_kernels(isa);
   nb::gil_scoped_release released;
   fewbits::multiply(kernels, product, threads);
@@ -165,6 +150,74 @@ void decode(const std::string& isa, const std::vector<int64_t>& layout, const st
   fewbits::decode(kernels, matrix, first, last, reinterpret_cast<void*>(outputs), to_number(number), threads);
 }
 
+fewbits::Segment read_segment(Reader& reader, const fewbits::Attention& attention, bool keys) {
+  fewbits::Segment segment;
+  const int64_t channels = attention.heads * attention.width;
+  if (reader.next(0, 1) == 1) {
+    const Coded& matrix = reader.read_matrix();
+    require((keys ? matrix.rows : matrix.columns) == channels, "packed keys or values do not have the channels of the heads");
+    require(fewbits::attends_packed(matrix), "attention cannot read keys or values that are stored like this");
+    segment.packed = &matrix;
+    segment.tokens = keys ? matrix.columns : matrix.rows;
+    return segment;
+  }
+  segment.tokens = reader.next(1, largest);
+  segment.number = to_number(reader.next(0, 2));
+  segment.token_stride = reader.next(0, largest);
+  segment.head_stride = reader.next(0, largest);
+  require(segment.token_stride <= largest / segment.tokens && segment.head_stride <= largest / attention.heads, "plain keys or values are too large");
+  const int64_t numbers = (segment.tokens - 1) * segment.token_stride + (attention.heads - 1) * segment.head_stride + attention.width;
+  segment.plain = reader.next_buffer(numbers * size_of(segment.number), false);
+  return segment;
+}
+
+std::vector<fewbits::Segment> read_segments(Reader& reader, const fewbits::Attention& attention, bool keys) {
+  std::vector<fewbits::Segment> segments;
+  int64_t tokens = 0;
+  for (int64_t left = reader.next(0, largest); left > 0; --left) {
+    segments.push_back(read_segment(reader, attention, keys));
+    tokens += segments.back().tokens;
+    require(tokens <= attention.tokens, "there are more keys or values than tokens");
+  }
+  require(tokens == attention.tokens, "there are fewer keys or values than tokens");
+  return segments;
+}
+
+// `layout` begins with the sizes; then, for each sequence, how many segments of keys there are and each of them, and those of values.
+void attend(const std::string& isa, const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers, double scale, int threads) {
+  Reader reader(layout, buffers);
+  fewbits::Attention attention{};
+  attention.sequences = reader.next(1, largest);
+  attention.heads = reader.next(1, 1 << 16);
+  attention.share = reader.next(1, 1 << 16);
+  attention.queries = reader.next(1, 1 << 16);
+  attention.width = reader.next(8, 1 << 16);
+  attention.tokens = reader.next(1, largest);
+  require(attention.width % 8 == 0, "a head must have a multiple of 8 channels");
+  attention.number = to_number(reader.next(0, 2));
+  attention.scale = static_cast<float>(scale);
+  const int64_t mask = reader.next(0, 2);  // none, bytes, float32
+  attention.mask_sequence = reader.next(0, largest);
+  attention.mask_query = reader.next(0, largest);
+  const int64_t numbers = attention.heads * attention.share * attention.queries * attention.width;
+  require(attention.sequences <= largest / numbers && attention.tokens <= largest / attention.sequences, "queries are too large");
+  attention.query = reader.next_buffer(attention.sequences * numbers * size_of(attention.number));
+  attention.output = const_cast<void*>(reader.next_buffer(attention.sequences * numbers * size_of(attention.number)));
+  if (mask != 0) {
+    require(attention.mask_sequence <= largest / attention.sequences && attention.mask_query <= largest / attention.queries, "a mask is too large");
+    const int64_t seen = (attention.sequences - 1) * attention.mask_sequence + (attention.queries - 1) * attention.mask_query + attention.tokens;
+    attention.mask = reader.next_buffer(seen * (mask == 2 ? 4 : 1), false);
+    attention.additive = mask == 2;
+  }
+  for (int64_t sequence = 0; sequence < attention.sequences; ++sequence) {
+    attention.keys.push_back(read_segments(reader, attention, true));
+    attention.values.push_back(read_segments(reader, attention, false));
+  }
+  reader.finish();
+  nb::gil_scoped_release released;
+  fewbits::attend(isa, attention, threads);
+}
+
 uint64_t read_pass(uint64_t address, int64_t bytes, int threads) {
   nb::gil_scoped_release released;
   return fewbits::read_pass(reinterpret_cast<const void*>(address), bytes, threads);
@@ -175,8 +228,10 @@ uint64_t read_pass(uint64_t address, int64_t bytes, int threads) {
 NB_MODULE(_native, module) {
   module.def("available", &available, "Names of the instruction sets that can be used, best first.");
   module.def("multiply", &multiply, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("inputs"), nb::arg("outputs"), nb::arg("vectors"),
-             nb::arg("number"), nb::arg("threads"), nb::arg("digits") = 3, "outputs [vectors, rows] = inputs [vectors, columns] times the matrix, transposed.");
+             nb::arg("number"), nb::arg("threads"), "outputs [vectors, rows] = inputs [vectors, columns] times the matrix, transposed.");
   module.def("decode", &decode, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("first"), nb::arg("last"), nb::arg("outputs"),
              nb::arg("number"), nb::arg("threads"), "Rows first to last of the matrix, dense.");
+  module.def("attend", &attend, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("scale"), nb::arg("threads"),
+             "Attention of a few queries over keys and values that lie packed.");
   module.def("read_pass", &read_pass, nb::arg("address"), nb::arg("bytes"), nb::arg("threads"), "Reads all bytes: what memory can give.");
 }

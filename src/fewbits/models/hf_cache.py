@@ -6,6 +6,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,7 @@ from fewbits.core.errors import InputError, NumericsError
 from fewbits.core.tensor import CompressedTensor
 from fewbits.models.attention_probe import watch_attention
 from fewbits.models.cache_side import SideState, decode_together
+from fewbits.models.packed_attention import FEW_TOKENS, PackedStates, read_packed
 from fewbits.models.projection_probe import Projection, watch_projections, with_handed
 from fewbits.models.rotary import Rotary
 from fewbits.models.sequences import Sequences
@@ -44,6 +46,7 @@ class CompressedLayer(CacheLayerMixin):
         self.method, self.index, self.sequences, self.tables = method, index, sequences, dict(tables)
         self.rotary, self.chunked = rotary, chunked
         self.probe_share = method.probe_share
+        self.packed = False  # whether the model's attention reads what lies packed
         self.projection: Projection | None = None
         self.handed: dict[Side, Tensor] = {}
         self._empty()
@@ -85,7 +88,7 @@ class CompressedLayer(CacheLayerMixin):
         for state, new in zip(self.sides.values(), (key_states, value_states), strict=True):
             # Latents wait with the exact tokens that they will replace.
             state.append(with_handed(self, state.side, new) if self.method.uses_inputs else new)
-        found = self.read("keys"), self.read("values")
+        found = self._given("keys", key_states.shape[2]), self._given("values", key_states.shape[2])
         if self.method.uses_salience:
             self.returned = weakref.ref(found[0])
         if not self.in_prompt and not self.method.uses_salience:
@@ -154,15 +157,25 @@ class CompressedLayer(CacheLayerMixin):
             raise InputError("the cache was not opened for this model; fewbits.caches.open(model, ...) would be right")
         return self.sequences.positions[:, start : start + count]
 
-    def read(self, side: Side) -> Tensor:
-        """What the attention gets, `[batch, heads, tokens, head_dim]` in the model's dtype."""
+    def _given(self, side: Side, fresh: int) -> Tensor:
+        """What the attention gets at a step of `fresh` tokens: a stand-in for packed states where it reads such."""
         state = self.sides[side]
-        exact = cast(Tensor, state.exact)[..., : self.head_dim]
-        count = state.sealed_tokens
-        if not count:
+        sealed_tokens = sum(each.sealed_tokens for each in self.sides.values())
+        if not self.packed or fresh > FEW_TOKENS or not sealed_tokens or cast(Tensor, state.exact).requires_grad:
+            return self.read(side)
+        exact, sealed = cast(Tensor, state.exact), [list(chain) for chain in state.sealed]
+        return PackedStates(side, sealed, exact, partial(self._numbers, side, sealed, exact))
+
+    def read(self, side: Side) -> Tensor:
+        """All keys or values, `[batch, heads, tokens, head_dim]` in the model's dtype."""
+        state = self.sides[side]
+        return self._numbers(side, state.sealed, cast(Tensor, state.exact)[..., : self.head_dim])
+
+    def _numbers(self, side: Side, sealed: list[list[CompressedTensor]], exact: Tensor) -> Tensor:
+        if not sealed or not sealed[0]:
             return exact
-        runs = [decode_together(batch) for batch in zip(*state.sealed, strict=True)]
-        old = torch.cat(runs, 1)
+        old = torch.cat([decode_together(batch) for batch in zip(*sealed, strict=True)], 1)
+        count = old.shape[1]
         if self.projection is not None:
             old = self.projection.finished(side, self.method.restore(old, side, self.tables))
         old = old.view(len(exact), count, self.heads, -1).transpose(1, 2)
@@ -253,6 +266,9 @@ class CompressedCache(Cache):
             raise InputError(f"{type(model).__name__} has no layer of full attention whose keys and values could be compressed")
         super().__init__(layers=layers)
         _watch(model)
+        if method.rotated_keys and not method.uses_inputs and not method.uses_salience and read_packed(model):
+            for layer in self.compressed():
+                layer.packed = True
         if method.uses_salience:
             watch_attention(model, self.compressed())
         if method.uses_inputs:

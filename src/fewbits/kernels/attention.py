@@ -1,0 +1,140 @@
+"""Attention of a few queries over keys and values that lie packed: a native kernel, and beside it the definition in plain torch.
+
+Keys are packed channel by channel, so that a group is a run of tokens; values token by token, so that a group is a run of channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.kernels import native
+from fewbits.kernels.dispatch import counts
+from fewbits.kernels.layout import Description
+
+_NONE, _DENSE = 0, 1  # of scales, zero points and levels, as `layout.py` writes them
+_PLAIN, _PACKED = 0, 1
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """Neighbouring tokens of one sequence's keys, or of its values.
+
+    `plain()` are their numbers `[tokens, heads, width]`. `matrix` is how they lie packed, where the kernel reads them so: keys
+    `[heads * width, tokens]`, values `[tokens, heads * width]`, head after head.
+    """
+
+    tokens: int
+    plain: Callable[[], Tensor]
+    matrix: Description | None = None
+
+
+Side = Sequence[Sequence[Segment]]  # of each sequence, all its tokens in order
+
+
+def serves(matrix: Description | None) -> bool:
+    """Whether the kernel reads keys or values that lie so: on uniform grids of each row's own, in groups of whole lanes."""
+    if matrix is None or not all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in matrix.tensors):
+        return False
+    rows, columns, bits, group = matrix.layout[:4]
+    levels, scales, zeros = matrix.layout[4], matrix.layout[5:9], matrix.layout[9:]
+    grid = levels == _NONE and scales[:2] == (_DENSE, rows) and (zeros == (_NONE,) or zeros[:2] == (_DENSE, rows))
+    return grid and (group >= columns or group % (8 if bits <= 4 else 4) == 0)
+
+
+def attend(query: Tensor, keys: Side, values: Side, mask: Tensor | None, scale: float, *, heads: int) -> Tensor:
+    """softmax(query keys^T * scale, of what the mask leaves) values: `[batch, queries, query heads, width]`, summed in float32.
+
+    `query [batch, query heads, queries, width]`; of the query heads as many neighbours as it takes share one of the `heads` of keys.
+    `mask [batch or 1, queries, tokens]`: bool, what is seen, or numbers that are added to the scores. Where nothing is seen it is 0.
+    """
+    extension, isa = native.extension(), native.chosen()
+    whole = query.shape[-1] % 8 == 0 and native.number(query.dtype) is not None and query.device.type == "cpu"
+    if extension is None or isa is None or not whole:
+        counts["definition"] += 1
+        return define(query, keys, values, mask, scale, heads=heads)
+    counts["attend"] += 1
+    call = _Call()
+    query = query.contiguous()
+    output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+    call.add_sizes(query, output, heads, sum(segment.tokens for segment in keys[0]), mask)
+    for of_keys, of_values in zip(keys, values, strict=True):
+        call.add_segments(of_keys)
+        call.add_segments(of_values)
+    extension.attend(isa, call.layout, call.buffers, scale, torch.get_num_threads())
+    return output
+
+
+def define(query: Tensor, keys: Side, values: Side, mask: Tensor | None, scale: float, *, heads: int) -> Tensor:
+    """What `attend` computes, in torch and in the dtype of a float64 query, else in float32: segment by segment, none kept."""
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    found = []
+    for row, (of_keys, of_values) in enumerate(zip(keys, values, strict=True)):
+        asked = query[row].to(wide).unflatten(0, (heads, -1)) * scale  # [heads, share, queries, width]
+        parts = [torch.einsum("hsqw,thw->hsqt", asked, segment.plain().to(wide)) for segment in of_keys]
+        scores = torch.cat(parts, -1)
+        if mask is not None:
+            seen = mask[row if len(mask) > 1 else 0]
+            scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen.to(wide)
+        weights = torch.softmax(scores, -1)
+        if mask is not None and mask.dtype == torch.bool:
+            weights = torch.where(seen.any(-1, keepdim=True), weights, torch.zeros((), dtype=wide))
+        pieces = weights.split([segment.tokens for segment in of_values], -1)
+        pairs = zip(pieces, of_values, strict=True)
+        total = sum(torch.einsum("hsqt,thw->qhsw", piece, segment.plain().to(wide)) for piece, segment in pairs)
+        assert isinstance(total, Tensor)
+        found.append(total.flatten(1, 2))
+    return torch.stack(found).to(query.dtype)
+
+
+class _Call:
+    """What the kernel is told: sizes in the order of `attend` in csrc/bindings.cpp, and an address and a size for each buffer."""
+
+    def __init__(self) -> None:
+        self.layout: list[int] = []
+        self.buffers: list[int] = []
+        self._kept: list[Tensor] = []  # until the kernel has read them
+
+    def add_sizes(self, query: Tensor, output: Tensor, heads: int, tokens: int, mask: Tensor | None) -> None:
+        batch, query_heads, queries, width = query.shape
+        number = native.number(query.dtype)
+        assert number is not None
+        self.layout += [batch, heads, query_heads // heads, queries, width, tokens, number]
+        self._add(query, output)
+        if mask is None:
+            self.layout += [0, 0, 0]
+            return
+        if mask.dtype != torch.bool:
+            mask = mask.float()
+        if mask.stride(-1) != 1:
+            mask = mask.contiguous()
+        steps = (mask.stride(axis) if mask.shape[axis] > 1 else 0 for axis in (0, 1))
+        self.layout += [1 if mask.dtype == torch.bool else 2, *steps]
+        self._add_view(mask)
+
+    def add_segments(self, segments: Sequence[Segment]) -> None:
+        self.layout.append(len(segments))
+        for segment in segments:
+            if segment.matrix is not None:
+                self.layout += (_PACKED, *segment.matrix.layout)
+                self._add(*segment.matrix.tensors)
+                continue
+            plain = segment.plain()
+            number = native.number(plain.dtype)
+            if number is None or plain.stride(-1) != 1:
+                plain, number = plain.float().contiguous(), 0
+            self.layout += (_PLAIN, segment.tokens, number, plain.stride(0), plain.stride(1))
+            self._add_view(plain)
+
+    def _add(self, *tensors: Tensor) -> None:
+        for tensor in tensors:
+            self.buffers += (tensor.data_ptr(), tensor.nbytes)
+
+    def _add_view(self, tensor: Tensor) -> None:
+        """Up to the end of the memory that it is a view of."""
+        self._kept.append(tensor)
+        left = int(tensor.untyped_storage().nbytes()) - int(tensor.storage_offset()) * tensor.element_size()
+        self.buffers += (tensor.data_ptr(), left)
