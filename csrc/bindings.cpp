@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "attention.h"
+#include "kmeans.h"
 #include "runtime.h"
 
 namespace nb = nanobind;
@@ -34,8 +35,8 @@ class Reader {
  public:
   Reader(const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers) : layout_(layout), buffers_(buffers) {}
 
-  const Coded& read_whole() {
-    const Coded& found = read_coded(0);
+  const Coded& read_whole(bool others = false) {
+    const Coded& found = read_coded(0, others);
     finish();
     return found;
   }
@@ -61,12 +62,31 @@ class Reader {
   }
 
  private:
-  const Coded& read_coded(int depth) {
+  // Numbers as they are, or compressed sparse rows.
+  const Coded& read_other(Coded& matrix) {
+    matrix.form = static_cast<Coded::Form>(next(1, 2));
+    matrix.number = to_number(next(0, 2));
+    require(matrix.columns <= largest / matrix.rows, "a matrix is too large");
+    if (matrix.form == Coded::plain) {
+      matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.rows * matrix.columns * size_of(matrix.number)));
+      return matrix;
+    }
+    matrix.index_bytes = next(2, 4);
+    require(matrix.index_bytes != 3, "the columns of entries must be of 2 or 4 bytes");
+    matrix.entries = next(0, largest);
+    matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.entries * size_of(matrix.number)));
+    matrix.indices = next_buffer(matrix.entries * matrix.index_bytes);
+    matrix.pointers = static_cast<const int32_t*>(next_buffer((matrix.rows + 1) * 4));
+    return matrix;
+  }
+
+  const Coded& read_coded(int depth, bool others = false) {
     require(depth < 3, "scales of scales of scales are not known");
     Coded& coded = made_.emplace_back();
     coded.rows = next(1, largest);
     coded.columns = next(1, largest);
-    coded.bits = static_cast<int>(next(1, 8));
+    coded.bits = static_cast<int>(next(depth == 0 && others ? 0 : 1, 8));
+    if (coded.bits == 0) return read_other(coded);
     coded.group = std::min(next(1, largest), coded.columns);
     coded.groups = (coded.columns + coded.group - 1) / coded.group;
     coded.row_bytes = (coded.columns * coded.bits + 7) / 8;
@@ -130,11 +150,12 @@ std::vector<std::string> available() {
 }
 
 void multiply(const std::string& isa, const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers, uint64_t inputs, uint64_t outputs,
-              int64_t vectors, int64_t number, int threads) {
+              int64_t vectors, int64_t number, int threads, int digits) {
   Reader reader(layout, buffers);
-  const Coded& matrix = reader.read_whole();
+  const Coded& matrix = reader.read_whole(true);
+  require(digits >= 1 && digits <= 3, "inputs must have 1 to 3 digits");
   require(vectors >= 0 && vectors <= largest / std::max(matrix.rows, matrix.columns), "the number of vectors is out of range");
-  const fewbits::Product product{&matrix, reinterpret_cast<const void*>(inputs), reinterpret_cast<void*>(outputs), vectors, to_number(number)};
+  const fewbits::Product product{&matrix, reinterpret_cast<const void*>(inputs), reinterpret_cast<void*>(outputs), vectors, to_number(number), digits};
   const fewbits::Kernels& kernels = fewbits::find_kernels(isa);
   nb::gil_scoped_release released;
   fewbits::multiply(kernels, product, threads);
@@ -223,15 +244,26 @@ uint64_t read_pass(uint64_t address, int64_t bytes, int threads) {
   return fewbits::read_pass(reinterpret_cast<const void*>(address), bytes, threads);
 }
 
+// Addresses of three arrays of float64 [rows, n + 1], and of one of int64 [rows, count + 1] that is written.
+void best_edges(const std::vector<uint64_t>& sums, int64_t rows, int64_t n, int64_t count, uint64_t edges, int threads) {
+  require(rows >= 0 && n >= 1 && n < int64_t{1} << 31 && count >= 1 && count <= n && rows <= largest / (n + 1), "sizes are out of range");
+  require(sums.size() == 3 && sums[0] && sums[1] && sums[2] && edges, "an array has no memory");
+  const auto at = [&](int place) { return reinterpret_cast<const double*>(sums[place]); };
+  nb::gil_scoped_release released;
+  fewbits::best_edges(at(0), at(1), at(2), rows, n, count, reinterpret_cast<int64_t*>(edges), threads);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
   module.def("available", &available, "Names of the instruction sets that can be used, best first.");
   module.def("multiply", &multiply, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("inputs"), nb::arg("outputs"), nb::arg("vectors"),
-             nb::arg("number"), nb::arg("threads"), "outputs [vectors, rows] = inputs [vectors, columns] times the matrix, transposed.");
+             nb::arg("number"), nb::arg("threads"), nb::arg("digits") = 3, "outputs [vectors, rows] = inputs [vectors, columns] times the matrix, transposed.");
   module.def("decode", &decode, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("first"), nb::arg("last"), nb::arg("outputs"),
              nb::arg("number"), nb::arg("threads"), "Rows first to last of the matrix, dense.");
   module.def("attend", &attend, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("scale"), nb::arg("threads"),
              "Attention of a few queries over keys and values that lie packed.");
+  module.def("best_edges", &best_edges, nb::arg("sums"), nb::arg("rows"), nb::arg("n"), nb::arg("count"), nb::arg("edges"), nb::arg("threads"),
+             "Where the clusters of sorted numbers begin and end.");
   module.def("read_pass", &read_pass, nb::arg("address"), nb::arg("bytes"), nb::arg("threads"), "Reads all bytes: what memory can give.");
 }
