@@ -1,11 +1,12 @@
-"""Time of products with packed codes against torch's dense ones, and against what memory gives in the same moment.
+"""Time of products with packed codes against a read-only pass of as many bytes in the same moment, and against torch's dense ones.
 
-    python benchmarks/native_matvec.py [results/benchmarks/native_matvec.json] [--rounds 15] [--threads 2] [--shapes 4096x4096]
-        [--first-in-line]
+    python benchmarks/native_matvec.py [results/benchmarks/native_matvec.json] [--rounds 25] [--threads 1 2]
+        [--shapes 4096x4096 11008x4096 4096x11008] [--vectors 1 8 32] [--first-in-line]
 
-Every round times each candidate once, in turn: a read-only pass over 128 MiB, the dense products in fp32 and bf16, the kernel at
-each width, with 1, 8 and 32 input vectors. Weights are drawn anew from copies that the last-level cache cannot hold. Uniform
-grids of groups of 128 with fp16 scales and packed zero points. Medians and quartiles over the rounds.
+A sample is one product between two read-only passes over as many bytes as its weights have; candidates take turns, and weights are
+drawn anew from copies that the last-level cache cannot hold. A sample is dropped where a thread waited for a core in it, or where the
+two passes differ by 40 %. Uniform grids in groups of 128 with fp16 scales and packed zero points; codebooks of 16 levels with scales
+in groups of 64, and one for each row. Medians and quartiles of what is left; all ratios are of neighbouring samples.
 `--first-in-line` asks the system to run the timed moments before other programs' (Linux, as root), on a machine that is shared.
 """
 
@@ -21,21 +22,36 @@ from pathlib import Path
 
 import torch
 
+from fewbits.core.tensor import CompressedTensor
+from fewbits.formats.codebook import Codebook, normal_float_levels
+from fewbits.formats.dense import Dense
+from fewbits.formats.lowrank import LowRank
+from fewbits.formats.sparse import Sparse
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
 
-SHAPES, BITS, VECTORS, GROUP = ("4096x4096", "11008x4096"), (2, 3, 4, 8), (1, 8, 32), 128
-_READ = 128 * 2**20
+SHAPES, VECTORS, GROUP = ("4096x4096", "11008x4096", "4096x11008"), (1, 8, 32), 128
+_MEMORY = 256 * 2**20
+_APART = 64 * 2**20  # bytes of the copies of one matrix: twice what the last-level cache holds
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def some_codes(*shape: int) -> torch.Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8)
 
 
 def random_term(rows: int, columns: int, bits: int) -> Uniform:
-    def some(*shape: int) -> torch.Tensor:
-        return torch.randint(256, shape, dtype=torch.uint8)
-
     groups = columns // GROUP
-    return Uniform(
-        some(rows, columns * bits // 8), torch.rand(rows, groups).half(), some(rows, groups * bits // 8), rows, columns, bits, GROUP
-    )
+    codes, zeros = some_codes(rows, columns * bits // 8), some_codes(rows, -(-groups * bits // 8))
+    return Uniform(codes, torch.rand(rows, groups).half(), zeros, rows, columns, bits, GROUP)
+
+
+def random_codebook(rows: int, columns: int, each_row: bool) -> Codebook:
+    if each_row:
+        return Codebook(some_codes(rows, columns // 2), torch.randn(rows, 1, 16).half(), None, rows, columns, 4, columns)
+    scales = torch.rand(rows, columns // 64).half()
+    return Codebook(some_codes(rows, columns // 2), normal_float_levels()[None, None], scales, rows, columns, 4, 64)
 
 
 @contextmanager
@@ -56,78 +72,123 @@ def _schedule(policy: int) -> None:
         os.sched_setscheduler(int(task), policy, os.sched_param(int(policy == os.SCHED_FIFO)))
 
 
-def seconds(call: Callable[[], object], first: bool) -> float:
-    with in_line(first):
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
+def _waited() -> int:
+    """Nanoseconds that the threads of this process have waited for a core; 0 where the system does not tell."""
+    try:
+        return sum(int(Path(f"/proc/self/task/{task}/schedstat").read_text().split()[1]) for task in os.listdir("/proc/self/task"))
+    except OSError:
+        return 0
 
 
-def candidates(rows: int, columns: int) -> dict[str, tuple[int, list[Callable[[torch.Tensor], torch.Tensor]]]]:
-    """Name to bytes of the weights, and one product for each of two or more copies of them."""
-    found: dict[str, tuple[int, list[Callable[[torch.Tensor], torch.Tensor]]]] = {}
+def seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def candidates(rows: int, columns: int) -> dict[str, list[tuple[int, Product]]]:
+    """Name to copies: bytes of the weights, and a product with them."""
+    found: dict[str, list[tuple[int, Product]]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         dense = [torch.randn(rows, columns).to(dtype) for _ in range(2)]
-        products = [lambda inputs, w=w: torch.nn.functional.linear(inputs.to(w.dtype), w) for w in dense]
-        found[str(dtype).removeprefix("torch.")] = dense[0].nbytes, products
-    for bits in BITS:
-        copies = max(2, 64 * 2**20 // (rows * columns * bits // 8))
-        terms = [random_term(rows, columns, bits) for _ in range(copies)]
-        found[f"uniform {bits} bit"] = sum(tensor.nbytes for tensor in terms[0].tensors().values()), [term.matmul for term in terms]
+        found[str(dtype).removeprefix("torch.")] = [
+            (w.nbytes, lambda inputs, w=w: torch.nn.functional.linear(inputs.to(w.dtype), w)) for w in dense
+        ]
+
+    def of(make: Callable[[], Uniform | Codebook], bits: int) -> list[Uniform | Codebook]:
+        return [make() for _ in range(max(2, _APART // (rows * columns * bits // 8)))]
+
+    terms = {f"uniform {bits} bit": of(lambda bits=bits: random_term(rows, columns, bits), bits) for bits in (2, 3, 4, 8)}
+    terms["codebook 4 bit"] = of(lambda: random_codebook(rows, columns, False), 4)
+    terms["codebook 4 bit, one a row"] = of(lambda: random_codebook(rows, columns, True), 4)
+    for name, copies in terms.items():
+        found[name] = [(sum(tensor.nbytes for tensor in term.tensors().values()), term.matmul) for term in copies]
+    few = Sparse.from_dense(torch.randn(rows, columns), torch.rand(rows, columns) < 0.005)
+    thin = LowRank(Dense(torch.randn(rows, 32).half()), Dense(torch.randn(32, columns).half()))
+    for name, added in (("and 0.5 % sparse", few), ("and rank 32", thin)):
+        sums = [CompressedTensor((term, added)) for term in terms["uniform 4 bit"]]
+        found[f"uniform 4 bit {name}"] = [(sum(tensor.nbytes for tensor in one.tensors().values()), one.matmul) for one in sums]
     return found
 
 
-def summary(times: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(times, n=4)
-    return {"milliseconds": middle * 1e3, "lower_quartile": low * 1e3, "upper_quartile": high * 1e3}
+def quartiles(values: list[float]) -> list[float]:
+    low, middle, high = statistics.quantiles(values, n=4)
+    return [middle, low, high]
 
 
-def measure(rows: int, columns: int, rounds: int, first: bool) -> list[dict[str, object]]:
-    memory, table = torch.zeros(_READ, dtype=torch.uint8), []
+def sample(size: int, product: Product, inputs: torch.Tensor, memory: torch.Tensor, first: bool) -> tuple[float, float] | None:
+    """Seconds of a product and of reading as many bytes; None where something came between."""
+    start = int(torch.randint(0, (_MEMORY - size) // 4096, (1,))) * 4096 if size < _MEMORY else 0
+    part = memory[start : start + size]
+    with in_line(first):
+        native.read_pass(part[: 2**20])  # the threads are awake
+        waited = _waited()
+        before = seconds(lambda: native.read_pass(part))
+        taken = seconds(lambda: product(inputs))
+        after = seconds(lambda: native.read_pass(memory[_MEMORY - start - size : _MEMORY - start]))
+        lost = _waited() - waited > 20_000
+    return None if lost or max(before, after) > 1.4 * min(before, after) else (taken, (before + after) / 2)
+
+
+def measure(rows: int, columns: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
+    memory, table = torch.zeros(_MEMORY, dtype=torch.uint8), []
     memory.random_(0, 256)
     products = candidates(rows, columns)
-    for vectors in VECTORS:
-        inputs = torch.randn(vectors, columns)
-        times: dict[str, list[float]] = {name: [] for name in ("read", *products)}
-        for turn in range(rounds + 1):
-            for name, (_, calls) in products.items():
-                call = calls[turn % len(calls)]
-                taken = seconds(lambda call=call, inputs=inputs: call(inputs), first)  # type: ignore[misc]
-                read = seconds(lambda: native.read_pass(memory), first)
-                if turn:  # the first round warms up
-                    times[name].append(taken)
-                    times["read"].append(read)
-                time.sleep(0.01)
-        bandwidth = _READ / statistics.median(times["read"]) / 1e9
-        for name, (size, _) in products.items():
-            row: dict[str, object] = {"shape": [rows, columns], "vectors": vectors, "weights": name, **summary(times[name])}
-            rate = size / statistics.median(times[name]) / 1e9
-            row |= {"gigabytes_per_second": rate, "of_read_bandwidth": rate / bandwidth, "read_gigabytes_per_second": bandwidth}
-            for dense in ("float32", "bfloat16"):
-                row[f"times_as_fast_as_{dense}"] = statistics.median(times[dense]) / statistics.median(times[name])
-            table.append(row)
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for vectors in arguments.vectors:
+            inputs = torch.randn(vectors, columns)
+            kept: dict[str, list[tuple[int, float, float]]] = {name: [] for name in products}
+            for turn in range(arguments.rounds + 1):
+                for name, copies in products.items():
+                    size, product = copies[turn % len(copies)]
+                    found = sample(size, product, inputs, memory, arguments.first_in_line)
+                    if turn and found is not None:  # the first round warms up
+                        kept[name].append((turn, *found))
+                    time.sleep(0.002)
+            for name, samples in kept.items():
+                row: dict[str, object] = {"shape": [rows, columns], "threads": threads, "vectors": vectors, "weights": name}
+                row |= {"bytes": products[name][0][0], "samples": len(samples)}
+                if len(samples) >= 4:
+                    row |= compared(samples, products[name][0][0], kept)
+                table.append(row)
     return table
+
+
+def compared(samples: list[tuple[int, float, float]], size: int, kept: dict[str, list[tuple[int, float, float]]]) -> dict[str, object]:
+    found: dict[str, object] = {"milliseconds": quartiles([taken * 1e3 for _, taken, _ in samples])}
+    found["of_read_pass"] = quartiles([read / taken for _, taken, read in samples])
+    found["read_gigabytes_per_second"] = statistics.median(size / read / 1e9 for _, _, read in samples)
+    for other in ("float32", "bfloat16", "uniform 4 bit"):
+        theirs = {turn: taken for turn, taken, _ in kept[other]}
+        pairs = [theirs[turn] / taken for turn, taken, _ in samples if turn in theirs]
+        if len(pairs) >= 4:
+            found[f"times_as_fast_as_{other.replace(' ', '_')}"] = statistics.median(pairs)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, nargs="?", default=Path("results/benchmarks/native_matvec.json"))
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--vectors", type=int, nargs="+", default=list(VECTORS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--first-in-line", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     if native.chosen() is None:
         raise SystemExit("the native kernels were not built, or FEWBITS_FORCE_ISA=none")
+    loads = [os.getloadavg()[0]]
+    table = []
     with torch.no_grad():
-        shapes = [tuple(int(size) for size in shape.split("x")) for shape in arguments.shapes]
-        table = [row for shape in shapes for row in measure(*shape, arguments.rounds, arguments.first_in_line)]
+        for shape in arguments.shapes:
+            rows, columns = (int(size) for size in shape.split("x"))
+            table += measure(rows, columns, arguments)
+            loads.append(os.getloadavg()[0])
     assert not dispatch.counts["definition"]
-    machine = {"processor": platform.machine(), "cpus": os.cpu_count(), "threads": arguments.threads, "instruction_set": native.chosen()}
-    load = list(os.getloadavg())
-    settings = {"rounds": arguments.rounds, "group_size": GROUP, "first_in_line": arguments.first_in_line, "load_average_at_the_end": load}
+    machine = {"processor": platform.machine(), "cpus": os.cpu_count(), "instruction_set": native.chosen(), "input_digits": native.digits()}
+    settings = {"rounds": arguments.rounds, "group_size": GROUP, "first_in_line": arguments.first_in_line, "load_averages": loads}
     result = {"machine": machine, "settings": settings, "versions": {"torch": torch.__version__}, "rows": table}
     arguments.result.parent.mkdir(parents=True, exist_ok=True)
     arguments.result.write_text(json.dumps(result, indent=1) + "\n")

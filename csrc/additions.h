@@ -75,7 +75,36 @@ static float sparse_dot(const float* values, const Index* indices, int64_t count
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Indices, unsigned, are looked at before they are followed; a row that is not right is left out and told.
+// Entries times the inputs of their columns, `width` vectors side by side.
+template <typename Index>
+static void add_entries(const float* values, const Index* indices, int64_t count, const float* inputs, int64_t vectors, int64_t width, float* sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float* from = inputs + static_cast<int64_t>(indices[i]) * vectors;
+    for (int64_t v = 0; v < width; ++v) sums[v] += values[i] * from[v];
+  }
+}
+
+// A row of more entries than are read at once.
+template <typename Index>
+static void multiply_long_row(const Product& product, const float* prepared, int64_t row, float* scratch) {
+  const Coded& w = *product.matrix;
+  const int64_t vectors = padded_vectors(product.vectors), from = w.pointers[row], to = w.pointers[row + 1];
+  const Index* indices = static_cast<const Index*>(w.indices);
+  constexpr int64_t most = 32;
+  for (int64_t begin = 0; begin < vectors; begin += most) {
+    float sums[most] = {};
+    for (int64_t at = from; at < to; at += slab) {
+      const int64_t count = least(slab, to - at);
+      if (!all_below(indices + at, count, w.columns)) return product.broken->store(true);
+      read_numbers(w.codes, at, w.number, count, scratch);
+      add_entries(scratch, indices + at, count, prepared + begin, vectors, least(most, vectors - begin), sums);
+    }
+    for (int64_t v = begin; v < least(begin + most, product.vectors); ++v) put_number(product.outputs, v * w.rows + row, product.number, sums[v - begin]);
+  }
+}
+
+// Indices, unsigned, are looked at before they are followed: a matrix that points outside of itself is told, and no further read.
+// Entries are read many rows at a time, as a row has few of them.
 template <typename Index>
 static void multiply_sparse(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
   const Coded& w = *product.matrix;
@@ -83,34 +112,33 @@ static void multiply_sparse(const Product& product, const float* prepared, int64
   const Index* indices = static_cast<const Index*>(w.indices);
   constexpr int64_t most = 32;  // vectors at a time
   for (int64_t row = first; row < last; ++row) {
-    const int64_t from = w.pointers[row], to = w.pointers[row + 1];
-    if (from < 0 || from > to || to > w.entries) {
-      product.broken->store(true);
+    if (w.pointers[row] < 0 || w.pointers[row] > w.pointers[row + 1] || w.pointers[row + 1] > w.entries) return product.broken->store(true);
+  }
+  for (int64_t row = first; row < last;) {
+    const int64_t from = w.pointers[row];
+    int64_t next = row + 1;  // rows whose entries are read together: one, or as many as the scratch holds
+    while (next < last && w.pointers[next + 1] - from <= slab) ++next;
+    if (next == row + 1 && w.pointers[next] - from > slab) {
+      multiply_long_row<Index>(product, prepared, row++, scratch);
       continue;
     }
-    __builtin_prefetch(w.codes + (to + 256) * entry, 0, 2);
-    __builtin_prefetch(indices + to + 256, 0, 2);
-    for (int64_t begin = 0; begin < vectors; begin += most) {
-      float sums[most] = {};
-      const int64_t width = least(most, vectors - begin);
-      for (int64_t at = from; at < to; at += slab) {
-        const int64_t count = least(slab, to - at);
-        if (!all_below(indices + at, count, w.columns)) {
-          product.broken->store(true);
-          break;
-        }
-        read_numbers(w.codes, at, w.number, count, scratch);
-        if (vectors == 1) {
-          sums[0] += sparse_dot(scratch, indices + at, count, prepared);
-          continue;
-        }
-        for (int64_t i = 0; i < count; ++i) {
-          const float* inputs = prepared + static_cast<int64_t>(indices[at + i]) * vectors + begin;
-          for (int64_t v = 0; v < width; ++v) sums[v] += scratch[i] * inputs[v];
-        }
+    const int64_t count = w.pointers[next] - from;
+    for (int64_t at = 0; at < 2 * count * entry; at += 64) __builtin_prefetch(w.codes + (from + count) * entry + at, 0, 2);
+    for (int64_t at = 0; at < 2 * count * w.index_bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(indices + from + count) + at, 0, 2);
+    if (!all_below(indices + from, count, w.columns)) return product.broken->store(true);
+    read_numbers(w.codes, from, w.number, count, scratch);
+    for (; row < next; ++row) {
+      const float* values = scratch + (w.pointers[row] - from);
+      const Index* places = indices + w.pointers[row];
+      const int64_t entries = w.pointers[row + 1] - w.pointers[row];
+      if (vectors == 1) {
+        put_number(product.outputs, row, product.number, sparse_dot(values, places, entries, prepared));
+        continue;
       }
-      for (int64_t v = begin; v < least(begin + most, product.vectors); ++v) {
-        put_number(product.outputs, v * w.rows + row, product.number, sums[v - begin]);
+      for (int64_t begin = 0; begin < vectors; begin += most) {
+        float sums[most] = {};
+        add_entries(values, places, entries, prepared + begin, vectors, least(most, vectors - begin), sums);
+        for (int64_t v = begin; v < least(begin + most, product.vectors); ++v) put_number(product.outputs, v * w.rows + row, product.number, sums[v - begin]);
       }
     }
   }

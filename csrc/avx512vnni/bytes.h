@@ -116,6 +116,7 @@ static inline __attribute__((always_inline)) void multiply_blocks(const uint8_t*
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       const __m512i all = read_block<Bits>(codes[r]);
+      _mm_prefetch(reinterpret_cast<const char*>(codes[r] + ahead), _MM_HINT_T1);
 #pragma GCC unroll 8
       for (int f = 0; f < Shape::fields; ++f) code[r][f] = take_field<Bits>(all, f);
     }
@@ -147,7 +148,7 @@ static inline __attribute__((always_inline)) void multiply_blocks(const uint8_t*
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         code[r] = take_field<Bits>(read_block<Bits>(codes[r] + block * Shape::bytes), 0);
-        if (Vectors == 1) _mm_prefetch(reinterpret_cast<const char*>(codes[r] + block * Shape::bytes + ahead), _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(codes[r] + block * Shape::bytes + ahead), _MM_HINT_T1);
       }
 #pragma GCC unroll 8
       for (int digit = 0; digit < Digits; ++digit) {
