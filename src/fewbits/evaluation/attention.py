@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fewbits.core.errors import InputError
+from fewbits.models.attention_exchange import exchange_attention
 from fewbits.models.hf_cache import CompressedCache, cache_keyword
 
 
@@ -57,9 +57,7 @@ def _compared(model: PreTrainedModel, batch: Tensor, stored: dict[int, tuple[Ten
             found[module.layer_idx] = torch.stack([(other - own).square().sum(), own.square().sum()])
         return dense
 
-    AttentionInterface.register("fewbits_comparing", comparing)
-    AttentionMaskInterface.register("fewbits_comparing", ALL_MASK_ATTENTION_FUNCTIONS[name])
-    model.set_attn_implementation("fewbits_comparing")
+    exchange_attention(model, "fewbits_comparing", comparing)
     try:
         cast(Any, model)(input_ids=batch, use_cache=False)
     finally:

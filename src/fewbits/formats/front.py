@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.core.tensor import Transform
-from fewbits.formats.permutation import Permutation
+from fewbits.formats.permutation import Reordering
 
 
 @dataclass(frozen=True, eq=False)
-class Front(Transform, kind="front"):
+class Front(Reordering, kind="front"):
     """y = (x[first], then the others of x in their old order); only `first [count]` is stored. Made by `from_first`.
 
     Raises InputError where `first` names a feature twice or one that there is not.
@@ -35,17 +34,7 @@ class Front(Transform, kind="front"):
             raise InputError(f"features that come first must be different ones of 0 to {self.features - 1}")
 
     def order(self) -> Tensor:
-        """int64 `[features]`: the old place of every feature."""
         count = self.first.numel()
         keys = torch.full((self.features,), count, device=self.first.device)
         keys[self.first.long()] = torch.arange(count, device=self.first.device)
         return torch.argsort(keys, stable=True)
-
-    def apply(self, vectors: Tensor) -> Tensor:
-        return vectors[..., self.order()]
-
-    def transpose(self) -> Permutation:
-        return Permutation.from_order(self.order()).transpose()
-
-    def inverse(self) -> Permutation:
-        return self.transpose()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +39,25 @@ class Permutation(Transform, kind="permutation"):
         return self.transpose()
 
 
+class Reordering(Transform):
+    """Another order that is not stored as it is, but follows from what is."""
+
+    @abstractmethod
+    def order(self) -> Tensor:
+        """int64 `[features]`: the old place of every feature."""
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        return vectors[..., self.order()]
+
+    def transpose(self) -> Permutation:
+        return Permutation.from_order(self.order()).transpose()
+
+    def inverse(self) -> Permutation:
+        return self.transpose()
+
+
 @dataclass(frozen=True, eq=False)
-class PackedPermutation(Transform, kind="packed_permutation"):
+class PackedPermutation(Reordering, kind="packed_permutation"):
     """As Permutation, but in as many bits a feature as its number needs. Made by `from_order`."""
 
     packed: Tensor  # uint8 [bytes]
@@ -52,17 +70,7 @@ class PackedPermutation(Transform, kind="packed_permutation"):
         return cls(pack(checked.long()[None], _index_bits(checked.numel()))[0], checked.numel())
 
     def order(self) -> Tensor:
-        """int64 `[features]`: the old place of every feature."""
         return unpack(self.packed[None], _index_bits(self.features), self.features)[0].long()
-
-    def apply(self, vectors: Tensor) -> Tensor:
-        return vectors[..., self.order()]
-
-    def transpose(self) -> Permutation:
-        return Permutation.from_order(self.order()).transpose()
-
-    def inverse(self) -> Permutation:
-        return self.transpose()
 
 
 def _index_bits(features: int) -> int:
@@ -70,7 +78,7 @@ def _index_bits(features: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Partition(Transform, kind="partition"):
+class Partition(Reordering, kind="partition"):
     """Chosen features first, the others after them, both in their old order: one bit a feature. Made by `from_mask`."""
 
     bits_set: Tensor  # uint8 [bytes]
@@ -86,14 +94,4 @@ class Partition(Transform, kind="partition"):
         return unpack(self.bits_set[None], 1, self.features)[0].bool()
 
     def order(self) -> Tensor:
-        """int64 `[features]`: the old place of every feature."""
         return torch.argsort((~self.mask()).to(torch.uint8), stable=True)
-
-    def apply(self, vectors: Tensor) -> Tensor:
-        return vectors[..., self.order()]
-
-    def transpose(self) -> Permutation:
-        return Permutation.from_order(self.order()).transpose()
-
-    def inverse(self) -> Permutation:
-        return self.transpose()

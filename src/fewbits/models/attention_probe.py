@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fewbits.core.errors import InputError
+from fewbits.models.attention_exchange import exchange_attention
 
 _PREFIX = "fewbits_probed_"
 
@@ -54,9 +54,7 @@ def watch_attention(model: PreTrainedModel, layers: list[Any]) -> None:
             layer.attended(*column_scores(query, key, attention_mask, scale, layer.probe_share))
         return original(module, query, key, value, attention_mask, **options)
 
-    AttentionInterface.register(_PREFIX + name, watched)
-    AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
-    model.set_attn_implementation(_PREFIX + name)
+    exchange_attention(model, _PREFIX + name, watched)
 
 
 @torch.no_grad()

@@ -14,8 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fewbits.core.cache_method import Side
@@ -25,6 +24,7 @@ from fewbits.formats.transposed import Transposed
 from fewbits.kernels.attention import Segment, attend, serves
 from fewbits.kernels.dispatch import counts
 from fewbits.kernels.layout import Description
+from fewbits.models.attention_exchange import exchange_attention
 
 FEW_TOKENS = 8  # new ones of a step, up to which packed keys and values are read as they lie
 _PREFIX = "fewbits_packed_"
@@ -129,9 +129,7 @@ def read_packed(model: PreTrainedModel) -> bool:
             key, value = key.numbers(), value.numbers()
         return original(module, query, key, value, attention_mask, **options)
 
-    AttentionInterface.register(_PREFIX + name, packed)
-    AttentionMaskInterface.register(_PREFIX + name, ALL_MASK_ATTENTION_FUNCTIONS[name])
-    model.set_attn_implementation(_PREFIX + name)
+    exchange_attention(model, _PREFIX + name, packed)
     return True
 
 

@@ -122,17 +122,11 @@ def test_wrong_fields_are_named(fields, says):
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory):
+def short(first_blocks):
     """The first two blocks of the built-in model, and windows of its text."""
-    path, source = tmp_path_factory.mktemp("short"), open_model("builtin:tiny-lm")
-    whole = source.load()
-    config = LlamaConfig(**(whole.config.to_dict() | {"num_hidden_layers": 2}))
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(whole.state_dict(), strict=False)
-    model.save_pretrained(path)
-    tokenizer = source.tokenizer()
+    tokenizer = open_model(first_blocks).tokenizer()
     texts = [fewbits.TextSample(name, 16, 96).windows(tokenizer) for name in ("builtin:calibration", "builtin:heldout")]
-    return path, *texts
+    return first_blocks, *texts
 
 
 def hidden(model, windows):
