@@ -50,6 +50,15 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
+def end_entries(rows: Tensor, count: int) -> Tensor:
+    """bool mask of `count` of the smallest and `count` of the largest entries of each of `rows [rows, entries]`, ties by position."""
+    mask = torch.zeros_like(rows, dtype=torch.bool)
+    if count:
+        order = rows.argsort(dim=1, stable=True)
+        mask.scatter_(1, torch.cat([order[:, :count], order[:, -count:]], 1), True)
+    return mask
+
+
 def top_entries(scores: Tensor, share: float, group_size: int | None = None) -> Tensor:
     """bool, the shape of `scores [rows, columns]`: the entries of the highest scores, exactly round(share * rows * columns).
 

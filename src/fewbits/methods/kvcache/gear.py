@@ -17,6 +17,7 @@ from fewbits.formats.lowrank import LowRank
 from fewbits.formats.sparse import Pattern
 from fewbits.formats.transposed import Transposed
 from fewbits.formats.uniform import Uniform
+from fewbits.solvers.binary import end_entries
 from fewbits.solvers.power_iteration import power_factors
 
 
@@ -67,7 +68,7 @@ class Gear(CacheMethod):
 
     def _seal(self, vectors: Tensor, run: CacheRun, transposed: bool) -> CompressedTensor:
         """`vectors [vectors, entries]`: those that share grids and outliers, the channels of keys or the tokens of values."""
-        outside = self._outliers(vectors)
+        outside = end_entries(vectors, int(self.outliers * vectors.shape[1] / 2))
         inside = torch.where(outside, 0.0, vectors).sum(1, keepdim=True) / (~outside).sum(1, keepdim=True)
         size = vectors.shape[1] if self.layout == "kcvt" else min(self.group_size, vectors.shape[1])
         backbone = Uniform.between_extremes(torch.where(outside, inside, vectors), bits=self.bits, group_size=size)
@@ -85,15 +86,6 @@ class Gear(CacheMethod):
             kept = Pattern.from_mask(outside, values, kept=count, span=vectors.shape[1])
             terms.append(Transposed(kept) if transposed else kept)
         return CompressedTensor(tuple(terms))
-
-    def _outliers(self, vectors: Tensor) -> Tensor:
-        """bool: as many of each vector's smallest entries as of its largest."""
-        side = int(self.outliers * vectors.shape[1] / 2)
-        mask = torch.zeros_like(vectors, dtype=torch.bool)
-        if side:
-            order = vectors.argsort(dim=1, stable=True)
-            mask.scatter_(1, torch.cat([order[:, :side], order[:, -side:]], 1), True)
-        return mask
 
     def _factors(self, residual: Tensor, heads: int, rank: int) -> Columns:
         """Of `residual [tokens, channels]`, a term for each head."""

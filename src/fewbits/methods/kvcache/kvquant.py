@@ -19,6 +19,7 @@ from fewbits.formats.dense import Dense
 from fewbits.formats.overlaid import Overlaid
 from fewbits.formats.row_blocks import RowBlocks
 from fewbits.models.cache_states import CacheStates, record_states
+from fewbits.solvers.binary import end_entries
 from fewbits.solvers.level_fit import fit_levels, matched_levels
 
 if TYPE_CHECKING:
@@ -173,11 +174,7 @@ def extremes(rows: Tensor, share: float) -> Tensor:
     """
     entries = rows.shape[1]
     count = min(int((entries - 1) * share / 2) + 1, (entries - 1) // 2) if share else 0
-    mask = torch.zeros_like(rows, dtype=torch.bool)
-    if count:
-        order = rows.argsort(dim=1, stable=True)
-        mask.scatter_(1, torch.cat([order[:, :count], order[:, -count:]], 1), True)
-    return mask
+    return end_entries(rows, count)
 
 
 def channel_ranges(rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
