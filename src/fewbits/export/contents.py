@@ -1,0 +1,79 @@
+"""A compressed folder as writers of other formats see it: its compressed linears, and everything that stayed dense."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fewbits.core.errors import InputError
+from fewbits.export.checkpoint import CONFIG, is_checkpoint, read_layers, read_settings
+from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.models.source import ModelSource, open_model
+
+Change = Callable[[str, StoredLinear], StoredLinear]  # a layer by its name to what is written in its place
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A folder that fewbits compressed, read one tensor at a time. Names are those of the model's modules in transformers.
+
+    `change` is applied to every compressed linear as it is read. Raises InputError where the folder is no such folder.
+    """
+
+    path: Path
+    change: Change = lambda _, stored: stored
+
+    def __post_init__(self) -> None:
+        if not is_checkpoint(self.path):
+            raise InputError(f"{self.path} is no folder that fewbits compressed; one that fewbits compress wrote would be right")
+
+    @cached_property
+    def source(self) -> ModelSource:
+        """Configuration, tokenizer and files."""
+        return open_model(self.path)
+
+    @cached_property
+    def shell(self) -> nn.Module:
+        """The model without weights, its linears as they were before they were compressed."""
+        return self.source.shell()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """What config.json holds, without what says how the folder is quantized."""
+        found = json.loads((self.path / CONFIG).read_text())
+        return {name: value for name, value in found.items() if name != "quantization_config"}
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the compressed linears, in the order of `layers`."""
+        return tuple(read_settings(self.path))
+
+    def layers(self) -> Iterator[tuple[str, StoredLinear]]:
+        """Name and stored value `[out, in]` of every compressed linear, one at a time; an `offset` is in the bias that `dense` gives."""
+        for name, stored in read_layers(self.path):
+            yield name, self.change(name, stored)
+
+    def dense(self) -> Iterator[tuple[str, Tensor]]:
+        """Everything else by its name, in the dtype of the file: embeddings, norms, head, buffers, biases of compressed linears.
+
+        Where a layer stores an offset of its outputs, its bias holds it; `run.export` lets no layer pass that has no bias for it.
+        """
+        settings = read_settings(self.path)
+        held = {f"{layer}.{name}" for layer, one in settings.items() for name in CompressedLinear.empty(one).state_dict()}
+        for name in self.source.tensor_names():
+            if name not in held:
+                tensor = self.source.tensor(name)
+                layer = name.removesuffix(".bias")
+                if name != layer and layer in settings and settings[layer]["offset"] is not None:
+                    tensor = (tensor.float() + self.source.tensor(f"{layer}.offset").float()).to(tensor.dtype)
+                yield name, tensor
+
+    def has_bias(self, layer: str) -> bool:
+        """Whether the model's layer adds a bias."""
+        return getattr(self.shell.get_submodule(layer), "bias", None) is not None

@@ -1,0 +1,1 @@
+"""Formats of files that other engines read, one a file."""
