@@ -1,0 +1,98 @@
+"""Evenly spaced levels counted up from a minimum: value = code * step + minimum, for each group of columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.core.errors import InputError
+from fewbits.core.tensor import Term
+from fewbits.formats.coded import Coded, describe_numbers
+from fewbits.formats.packing import pack, unpack
+from fewbits.kernels import dispatch
+from fewbits.kernels.layout import ABSENT, Description, coded, dense
+
+
+@dataclass(frozen=True, eq=False)
+class Stepped(Coded, kind="stepped"):
+    """Packed codes `[rows, bytes]`, and steps and minimums `[rows, groups]`, plain numbers or terms of that shape.
+
+    Without minimums the first level is zero. Beside `Uniform` it holds grids whose minimum is a number of its own, where a zero
+    point times a scale would have to be rounded, and unsigned multiples of one scale. Made by `from_codes`.
+    """
+
+    codes: Tensor
+    steps: Tensor | Term
+    minimums: Tensor | Term | None
+    rows: int
+    columns: int
+    bits_per_code: int
+    group_size: int  # columns that share a step; the last group may be shorter
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, steps: Tensor | Term, minimums: Tensor | Term | None, *, bits: int, group_size: int) -> Stepped:
+        """`codes [rows, columns]` in 0..2**bits-1; `steps` and `minimums` `[rows, groups]`.
+
+        Raises InputError where shapes disagree, a number is not finite, or a code does not fit.
+        """
+        rows, columns = codes.shape
+        if group_size < 1:
+            raise InputError(f"group_size={group_size} is out of range; it must be at least 1")
+        expected = (rows, -(-columns // group_size))
+        for name, values in (("steps", steps), ("minimums", minimums)):
+            if values is None:
+                continue
+            if tuple(values.shape) != expected:
+                raise InputError(
+                    f"{name} {list(values.shape)} do not fit codes {[rows, columns]} in groups of {group_size}; {list(expected)} would"
+                )
+            if not bool(torch.isfinite(_numbers(values)).all()):
+                raise InputError(f"one of the {name} is not finite; a wider dtype, or finite weights, would be right")
+        return cls(pack(codes, bits), steps, minimums, rows, columns, bits, group_size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    def unpacked_codes(self) -> Tensor:
+        """uint8 `[rows, columns]`."""
+        return unpack(self.codes, self.bits_per_code, self.columns)
+
+    def described(self) -> Description | None:
+        """The multiples of the steps, without the minimums: kernels know zero points only, and those would round."""
+        steps = describe_numbers(self.steps)
+        if self.bits_per_code > 8 or steps is None:
+            return None
+        zeros = dense(torch.zeros(1, self.steps.shape[1], device=self.codes.device))
+        return None if zeros is None else coded((*self.shape, self.bits_per_code, self.group_size), self.codes, ABSENT, steps, zeros)
+
+    def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        multiples = self.unpacked_codes().float() * self._spread(_numbers(self.steps))
+        return self._raised(multiples).to(dtype)
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        multiples = dispatch.decode(self.described(), torch.float32)
+        return self.define(dtype) if multiples is None else self._raised(multiples).to(dtype)
+
+    def matmul(self, inputs: Tensor) -> Tensor:
+        outputs = dispatch.multiply(self.described(), inputs)
+        if outputs is None:
+            return inputs @ self.define(inputs.dtype).T
+        if self.minimums is None:
+            return outputs
+        missing = self.steps.shape[1] * self.group_size - self.columns
+        sums = torch.nn.functional.pad(inputs, (0, missing)).unflatten(-1, (-1, self.group_size)).sum(-1)
+        return outputs + sums @ _numbers(self.minimums).to(inputs.dtype).T
+
+    def _raised(self, multiples: Tensor) -> Tensor:
+        return multiples if self.minimums is None else multiples + self._spread(_numbers(self.minimums))
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """One value a group to one value a column."""
+        return values.repeat_interleave(self.group_size, dim=1)[:, : self.columns]
+
+
+def _numbers(stored: Tensor | Term) -> Tensor:
+    return stored.decode() if isinstance(stored, Term) else stored.float()
