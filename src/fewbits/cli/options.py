@@ -1,0 +1,49 @@
+"""Options that several commands take, and how they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import torch
+import typer
+from rich.console import Console
+
+from fewbits.core.config import configure, suggest
+from fewbits.core.errors import InputError
+from fewbits.core.registry import get_method
+from fewbits.pipeline.plan import Plan
+from fewbits.pipeline.recipe import read_recipe
+
+out, err = Console(), Console(stderr=True)
+_TEXT = "a .txt, .jsonl or .parquet file, a data set owner/name:split on the hub, or builtin:NAME."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, builtin:tiny-lm, or owner/name on the Hugging Face hub.")]
+Text = Annotated[str, typer.Option("--data", help=f"Text: {_TEXT}")]
+CalibrationText = Annotated[str, typer.Option("--data", help=f"Calibration text: {_TEXT}")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Memory = Annotated[str | None, typer.Option(help="Load the most of a stack (bitstack) that fits in this, such as 120MB.")]
+
+
+def read_pairs(settings: list[str]) -> dict[str, str]:
+    """--set name=value, name by name. Raises InputError for one without a value."""
+    for setting in settings:
+        if "=" not in setting:
+            raise InputError(f"--set {setting!r} is not right; name=value would be, for example --set bits=3")
+    return dict(cast(tuple[str, str], tuple(setting.split("=", 1))) for setting in settings)
+
+
+def read_plan(method: str | None, recipe: Path | None, settings: dict[str, str]) -> Plan:
+    """The method or the recipe with the settings that go over it. Raises InputError for both or neither."""
+    if (method is None) == (recipe is None):
+        raise InputError("compress needs a method or a recipe, and not both: -m gptq, or --recipe FILE.toml, would be right")
+    if recipe is not None:
+        return read_recipe(recipe, settings)
+    return Plan(configure(get_method(cast(str, method)), settings))
+
+
+def read_dtype(name: str) -> torch.dtype:
+    """Raises InputError for a name that is not known."""
+    known = ["float32", "bfloat16", "float16"]
+    if name not in known:
+        raise InputError(f"--dtype {name!r} is not known; {suggest(name, known)}")
+    return cast(torch.dtype, getattr(torch, name))
