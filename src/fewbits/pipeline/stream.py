@@ -12,9 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fewbits.core.errors import BrokenModelError, InputError, NumericsError
+from fewbits.core.errors import BrokenModelError, InputError
 from fewbits.core.method import BlockMethod, LayerMethod, Method, Statistics
-from fewbits.core.tensor import CompressedTensor
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.adapter import Adapter, oriented, weight_matrix
 from fewbits.models.source import ModelSource
@@ -28,6 +27,7 @@ from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.profile import RISES, keep_profile
 from fewbits.pipeline.reconstruct import reconstruct_blocks
 from fewbits.pipeline.restore import restored
+from fewbits.pipeline.solve import solve_group
 from fewbits.pipeline.stack import order_terms, stacking_of
 from fewbits.pipeline.store import Store
 from fewbits.pipeline.tune import tune_blocks
@@ -270,10 +270,9 @@ class _Run:
                     chosen = set(self.store.state_names(_CHOICES))
                     statistics.choices = self.store.state(_CHOICES, [name for name in names if name in chosen])
                 weights = {name: weight_matrix(linears[name]).float().contiguous() for name in names}
-                for name, tensor in _compress(method, weights, statistics).items():
-                    offset = method.offset(weights[name], tensor, statistics)
-                    stored[name] = StoredLinear(tensor, method.activation(statistics, tensor), offset)
-                    entries[name] = layer_entry(name, weights[name], stored[name], moment, statistics.tokens)
+                solved = solve_group(method, weights, statistics)
+                entries |= {one: layer_entry(one, weights[one], layer, moment, statistics.tokens) for one, layer in solved.items()}
+                stored |= solved
         return outputs, groups, {name: stored[name] for name in linears}, {name: entries[name] for name in linears}
 
     def _by_method(self, group: tuple[str, ...]) -> dict[LayerMethod, list[str]]:
@@ -287,10 +286,3 @@ def _layer_method(method: Method | None, name: str) -> LayerMethod:
     if not isinstance(method, LayerMethod):
         raise InputError(f"{name}: {type(method).__name__} does not compress single layers; a layer method such as gptq would be right")
     return method
-
-
-def _compress(method: LayerMethod, weights: Mapping[str, Tensor], statistics: Statistics) -> dict[str, CompressedTensor]:
-    try:
-        return method.compress_group(weights, statistics)
-    except NumericsError as error:
-        raise NumericsError(f"{', '.join(weights)}: {error}") from error
