@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fewbits.core.errors import FewbitsError, InputError
+from fewbits.export.folder import copy_companions, write_shards
 from fewbits.export.stack import Stack, describe_stack, memory_in_bytes, shortened
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.source import ModelSource, open_model
@@ -73,9 +73,7 @@ def write_checkpoint(
 def _write(
     folder: Path, source: ModelSource, layers: Layers, replaced: Mapping[str, Tensor], order: Sequence[str] | None, shard_bytes: int
 ) -> None:
-    for file in source.path.iterdir():
-        if file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.startswith(("model.", "training", "fewbits")):
-            shutil.copyfile(file, folder / file.name)
+    copy_companions(source.path, folder)
     settings: dict[str, Any] = {}
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -90,41 +88,12 @@ def _write(
             if name.removesuffix(".weight") not in settings:
                 yield name, replaced[name] if name in replaced else source.parameter(name)
 
-    sizes = _write_shards(folder, tensors(), shard_bytes)
+    sizes = write_shards(folder, tensors(), shard_bytes)
     config = json.loads((folder / CONFIG).read_text())
     config["quantization_config"] = {"quant_method": "fewbits", "format": FORMAT, "layers": settings}
     if order is not None:
         config["quantization_config"]["stack"] = describe_stack(order, sizes)
     (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
-
-
-def _write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> dict[str, int]:
-    """model.safetensors, or numbered shards and their index, as transformers names them; the bytes of every tensor."""
-    shards: list[list[str]] = []
-    held: dict[str, Tensor] = {}
-    sizes: dict[str, int] = {}
-
-    def flush() -> None:
-        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-
-    for name, tensor in tensors:
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
-            flush()
-        held[name] = tensor.detach().clone().contiguous()
-        sizes[name] = tensor.nbytes
-    flush()
-    names = (
-        [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))] if len(shards) > 1 else ["model.safetensors"]
-    )
-    for index, name in enumerate(names):
-        (folder / f"shard-{index}").rename(folder / name)
-    if len(shards) > 1:
-        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        index_text = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=1)
-        (folder / "model.safetensors.index.json").write_text(index_text + "\n")
-    return sizes
 
 
 def _audit(folder: Path, layers: Layers) -> None:
