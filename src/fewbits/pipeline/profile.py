@@ -6,21 +6,20 @@ Source: CompactifAI (arXiv 2401.14109), layer sensitivity profiling.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewbits.core.errors import InputError, NumericsError
+from fewbits.core.errors import InputError
 from fewbits.core.method import LayerMethod, Profile
 from fewbits.models.adapter import oriented, weight_matrix
 from fewbits.models.source import ModelSource
 from fewbits.pipeline.feed import Progress
+from fewbits.pipeline.probe import ModelProbe
 from fewbits.pipeline.store import Store
-from fewbits.pipeline.whole import whole_model
 
 RISES = "rises"  # the name of the store's state that holds each layer's rise of the loss
-_BATCH = 4
 
 
 def keep_profile(
@@ -57,22 +56,16 @@ def loss_rises(
 
     Raises NumericsError with the layer's name where a weight is not finite.
     """
-    model = whole_model(source, lambda name, linear: None).eval()
     with torch.no_grad():
-        dense, began = _loss(model, windows), time.monotonic()
+        probe, began = ModelProbe(source, windows), time.monotonic()
+        linears = {name: linear for block in probe.blocks for name, linear in probe.linears[block].items()}
         rises: dict[str, Tensor] = {}
         units = _units(list(methods), profile.unit)
         for number, names in enumerate(units):
-            kept = {name: model.get_submodule(name).get_parameter("weight").data for name in names}
-            for name in names:
-                linear = model.get_submodule(name)
-                if not bool(torch.isfinite(weight_matrix(linear)).all()):
-                    raise NumericsError(f"{name}: the weight is not finite; the model file is broken")
-                weight = methods[name].trial(weight_matrix(linear).float().contiguous()).decode()
-                linear.get_parameter("weight").data = oriented(linear, weight).contiguous()
-            rise = _loss(model, windows) - dense
-            for name, weight in kept.items():
-                model.get_submodule(name).get_parameter("weight").data = weight
+            trials = {name: methods[name].trial(weight_matrix(linears[name]).float().contiguous()).decode() for name in names}
+            with probe.changed({f"{name}.weight": oriented(linears[name], trial) for name, trial in trials.items()}):
+                lost = probe.losses(min(probe.block_of(name) for name in names))
+            rise = float((lost - probe.dense_losses).mean())
             rises |= {name: torch.tensor(rise / len(names), dtype=torch.float64) for name in names}
             if progress is not None:
                 left = (time.monotonic() - began) / (number + 1) * (len(units) - number - 1)
@@ -93,14 +86,3 @@ def _key(name: str, unit: str) -> str:
     parts = name.split(".")
     place = next(index for index, part in enumerate(parts) if part.isdigit()) + 1
     return {"layer": name, "block": ".".join(parts[:place]), "type": ".".join(parts[place:])}[unit]
-
-
-def _loss(model: nn.Module, windows: Tensor) -> float:
-    """The next token's mean loss."""
-    return sum(_losses(model, windows)) / len(windows)
-
-
-def _losses(model: nn.Module, windows: Tensor) -> Iterator[float]:
-    for tokens in windows.split(_BATCH):
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
-        yield len(tokens) * float(nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()))

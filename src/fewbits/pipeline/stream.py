@@ -256,7 +256,9 @@ class _Run:
         needs = {need for name in linears for need in _layer_method(self.plan.method_for(name), name).needs}
         keep = self.options.inputs == "original"
         outputs, gathered = gather_inputs(self.feed, [block], linears, needs, hidden, keep)
-        groups, stored, entries = list(gathered), {}, {}
+        groups = list(gathered)
+        stored: dict[str, StoredLinear] = {}
+        entries: dict[str, Any] = {}
         for group in groups:
             statistics = gathered.pop(group)  # a group's statistics go as soon as it is solved
             return_freed_memory()

@@ -81,7 +81,13 @@ def train_on_text(
     return train(groups, whole, run.steps, schedule=run.schedule, clip=run.clip, seed=run.seed, progress=show)
 
 
+def divergence(dense: Tensor, logits: Tensor) -> Tensor:
+    """KL(dense || other) in nats, the mean over tokens, of two models' logits `[..., vocabulary]`."""
+    theirs = torch.log_softmax(dense.float(), dim=-1)
+    return (theirs.exp() * (theirs - torch.log_softmax(logits.float(), dim=-1))).sum(-1).mean()
+
+
 def _divergence(teacher: nn.Module, logits: Tensor, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        theirs = torch.log_softmax(teacher(input_ids=tokens, use_cache=False).logits.float(), dim=-1)
-    return (theirs.exp() * (theirs - torch.log_softmax(logits, dim=-1))).sum(-1).mean()
+        theirs = teacher(input_ids=tokens, use_cache=False).logits
+    return divergence(theirs, logits)
