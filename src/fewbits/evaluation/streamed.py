@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,59 +13,34 @@ from torch import Tensor, nn
 
 from fewbits.core.errors import InputError
 from fewbits.export.checkpoint import is_checkpoint, read_layers
-from fewbits.layers.linear import CompressedLinear
+from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.adapter import Adapter
-from fewbits.models.source import open_model
+from fewbits.models.source import ModelSource, open_model
 from fewbits.pipeline.capture import Capture
 from fewbits.pipeline.feed import finite
 
 
-class StreamedModel(nn.Module):
-    """Called with the batches of `windows` in their order, gives the logits that the whole model would give.
+class ModelFromStates(nn.Module):
+    """The logits of `windows`, from the hidden states `[count, length, features]` behind the last block of a model.
 
-    All windows go through one block, then through the next; only the last block's outputs are kept. `memory` gives the size of a
-    stack, as in `read_layers`. Raises InputError for a model that predicts no tokens, or a call with other tokens.
+    `wrapped`: whether the last block returns a tuple. Called with the batches of the windows in their order; raises InputError
+    for other tokens.
     """
 
     capture: Capture
 
-    def __init__(
-        self,
-        model: str | Path,
-        windows: Tensor,
-        *,
-        batch_size: int = 4,
-        dtype: torch.dtype = torch.float32,
-        memory: int | str | None = None,
-    ) -> None:
+    def __init__(self, windows: Tensor, capture: Capture, hidden: Tensor, wrapped: bool) -> None:
         super().__init__()
-        source = open_model(model)
-        if source.is_encoder:
-            raise InputError(f"{str(model)!r} is an encoder, which predicts no tokens")
-        self.windows, self.position = windows, 0
-        shell = source.shell()
-        blocks = Adapter(shell).blocks
-        capture = Capture(shell, source, blocks, dtype)
-        runs = [capture.run(batch, None) for batch in windows.split(batch_size)]
-        hidden, calls = [states for states, _ in runs], [call for _, call in runs]
-        self.wrapped = False
-        with torch.no_grad():
-            for name in blocks:
-                block = capture.hollow[name]
-                if is_checkpoint(source.path):
-                    for layer, stored in read_layers(source.path, name, memory):
-                        inner = layer.removeprefix(f"{name}.")
-                        bias = cast("Tensor | None", block.get_submodule(inner).bias)
-                        block.set_submodule(inner, CompressedLinear(stored, bias))
-                source.load_detached(shell, block, name, dtype)
-                self.wrapped = isinstance(calls[0][name].call(block, hidden[0]), tuple)
-                outputs = (call[name].run(block, states) for call, states in zip(calls, hidden, strict=True))
-                hidden = list(finite(name, outputs))
-                block.to("meta")
-        shell.tie_weights()  # a head that shares the embedding is in no file
-        source.load_module(shell, "", dtype)
-        self.hidden = torch.cat(hidden)
+        self.windows, self.position, self.hidden, self.wrapped = windows, 0, hidden, wrapped
         self.__dict__["capture"] = capture  # it holds the shell, whose parameters are not this module's to move
+
+    @classmethod
+    def of(cls, source: ModelSource, windows: Tensor, states: tuple[Tensor, bool], dtype: torch.dtype = torch.float32) -> ModelFromStates:
+        """The dense model in `source`, of whose blocks none is read; `states` are the hidden ones and whether they were wrapped."""
+        shell = source.shell()
+        capture = Capture(shell, source, Adapter(shell).blocks, dtype)
+        _load_rest(source, shell, dtype)
+        return ModelFromStates(windows, capture, *states)
 
     def forward(self, input_ids: Tensor, **_: Any) -> Any:
         """An object with `logits [sequences, tokens, vocabulary]`."""
@@ -73,3 +50,75 @@ class StreamedModel(nn.Module):
         final = self.hidden[self.position : end]
         self.position = end
         return SimpleNamespace(logits=self.capture.logits(input_ids, final, self.wrapped))
+
+
+@dataclass(frozen=True)
+class Replacements:
+    """What takes the place of a dense model's parts: linears by the block they are in, small parameters by full name."""
+
+    layers: Callable[[str], Iterable[tuple[str, StoredLinear]]]
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class StreamedModel(ModelFromStates):
+    """Called with the batches of `windows` in their order, gives the logits that the whole model would give.
+
+    All windows go through one block, then through the next; only the last block's outputs are kept. `memory` gives the size of a
+    stack, as in `read_layers`. Of a dense model some parts may be replaced. Raises InputError for a model that predicts no
+    tokens, or a call with other tokens.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        windows: Tensor,
+        *,
+        batch_size: int = 4,
+        dtype: torch.dtype = torch.float32,
+        memory: int | str | None = None,
+        replaced: Replacements | None = None,
+    ) -> None:
+        source = open_model(model)
+        if source.is_encoder:
+            raise InputError(f"{str(model)!r} is an encoder, which predicts no tokens")
+        if replaced is None and is_checkpoint(source.path):
+            replaced = Replacements(lambda block: read_layers(source.path, block, memory))
+        shell = source.shell()
+        blocks = Adapter(shell).blocks
+        capture = Capture(shell, source, blocks, dtype)
+        runs = [capture.run(batch, None) for batch in windows.split(batch_size)]
+        hidden, calls = [states for states, _ in runs], [call for _, call in runs]
+        wrapped = False
+        with torch.no_grad():
+            for name in blocks:
+                block = capture.hollow[name]
+                _fill(source, shell, name, block, replaced, dtype)
+                wrapped = isinstance(calls[0][name].call(block, hidden[0]), tuple)
+                outputs = (call[name].run(block, states) for call, states in zip(calls, hidden, strict=True))
+                hidden = list(finite(name, outputs))
+                block.to("meta")
+        _load_rest(source, shell, dtype)
+        _replace_parameters(shell, "", {} if replaced is None else replaced.parameters)
+        super().__init__(windows, capture, torch.cat(hidden), wrapped)
+
+
+def _fill(source: ModelSource, shell: nn.Module, name: str, block: nn.Module, replaced: Replacements | None, dtype: torch.dtype) -> None:
+    """Give the block called `name`, which something stands in for in `shell`, its weights."""
+    for layer, stored in () if replaced is None else replaced.layers(name):
+        inner = layer.removeprefix(f"{name}.")
+        block.set_submodule(inner, CompressedLinear(stored, cast("Tensor | None", block.get_submodule(inner).bias)))
+    source.load_detached(shell, block, name, dtype)
+    _replace_parameters(block, f"{name}.", {} if replaced is None else replaced.parameters)
+
+
+def _replace_parameters(module: nn.Module, prefix: str, values: Mapping[str, Tensor]) -> None:
+    """Copy those of `values`, by full name, that are parameters of `module`, whose own name and a dot is `prefix`."""
+    for name, parameter in module.named_parameters():
+        if f"{prefix}{name}" in values:
+            parameter.data.copy_(values[f"{prefix}{name}"])
+
+
+def _load_rest(source: ModelSource, shell: nn.Module, dtype: torch.dtype) -> None:
+    """What is outside the blocks: embeddings, the last norm, the head."""
+    shell.tie_weights()  # type: ignore[operator]  # a head that shares the embedding is in no file
+    source.load_module(shell, "", dtype)

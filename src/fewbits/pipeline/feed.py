@@ -29,6 +29,8 @@ class StreamOptions:
     activations_on_disk: bool = False
     fold: bool = True  # move scales of the input into the norm before it, where there is one
     progress: Progress | None = field(default=None, compare=False)
+    # Second moments of the layers' inputs that errors are measured with; None: those of the inputs that the method saw.
+    moments: Callable[[str], Tensor | None] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.inputs not in (None, "propagated", "original"):

@@ -128,7 +128,8 @@ class _Windows:
             moment = second_moment(statistics)
             statistics.choices = block.orders
             block.learned |= self._stand_ins({name: block.linears[name] for name in group}, statistics)
-            block.moments |= dict.fromkeys(group, (moment, tokens))
+            judged = None if block.orders else self.feed.options.moments  # which knows channels in their old order
+            block.moments |= {name: (moment if judged is None else judged(name), tokens) for name in group}
         block.learned = {name: block.learned[name] for name in block.linears}
 
     def _stand_ins(self, linears: Mapping[str, nn.Module], statistics: Statistics) -> dict[str, LearnedLinear]:

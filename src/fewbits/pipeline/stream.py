@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.core.errors import BrokenModelError, InputError
-from fewbits.core.method import BlockMethod, LayerMethod, Method, Statistics
+from fewbits.core.method import Accumulator, BlockMethod, LayerMethod, Method, Statistics
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.adapter import Adapter, oriented, weight_matrix
 from fewbits.models.source import ModelSource
+from fewbits.pipeline.dense_pass import DensePass
 from fewbits.pipeline.entries import checked_linears, layer_entry, report, second_moment
 from fewbits.pipeline.feed import Feed, StreamOptions, finite
 from fewbits.pipeline.fold import fold_scales
@@ -32,7 +33,7 @@ from fewbits.pipeline.stack import order_terms, stacking_of
 from fewbits.pipeline.store import Store
 from fewbits.pipeline.tune import tune_blocks
 
-__all__ = ["StreamOptions", "StreamSummary", "compress_model"]
+__all__ = ["StreamOptions", "StreamSummary", "compress_model", "run_settings"]
 _CHOICES = "choices"
 
 
@@ -83,14 +84,21 @@ class StreamSummary:
 
 
 def compress_model(
-    source: ModelSource, plan: Plan, windows: Tensor, work: Path, options: StreamOptions | None = None, mask: Tensor | None = None
+    source: ModelSource,
+    plan: Plan,
+    windows: Tensor,
+    work: Path,
+    options: StreamOptions | None = None,
+    mask: Tensor | None = None,
+    shared: DensePass | None = None,
 ) -> StreamSummary:
     """Compress every linear of every block as `plan` says, on the token `windows [count, length]`.
 
     `mask`, bool of the windows' shape, tells padding at the right from text; None: all is text. `work` holds what is
     finished; a run that was killed goes on from it and ends in the same bytes. Raises InputError where the folder belongs to
     other settings or most linear weights would stay dense, NumericsError with the layer's name where weights, activations or
-    results are not finite.
+    results are not finite. `shared` is a dense pass over the same windows, from which statistics of dense inputs are read
+    instead of being gathered: what is stored is the same.
     """
     options = options or StreamOptions()
     options = replace(options, inputs=options.inputs or plan.method.inputs)
@@ -98,13 +106,15 @@ def compress_model(
     tuning = _tuning_method(plan)
     shell = source.shell()
     kept = Adapter(shell).kept | _kept_by_plan(Adapter(shell), plan)
-    store = Store(work, _settings(source, plan, windows, mask, options))
+    store = Store(work, run_settings(source, plan, windows, mask, options))
     with torch.no_grad():
         if isinstance(plan.method, BlockMethod):
             blocks = _compress_by_blocks(source, plan, plan.method, store, (windows, mask), options)
         else:
-            feed = Feed(source, shell, windows, mask, options)
-            _Run(plan, feed, store).compress_blocks()
+            # Where all statistics are there already, one batch of hidden states is enough to show what may be folded.
+            seen = slice(options.batch_size if shared is not None and options.inputs == "original" else None)
+            feed = Feed(source, shell, windows[seen], None if mask is None else mask[seen], options)
+            _Run(plan, feed, store, (windows, mask), shared).compress_blocks()
             blocks = len(feed.blocks)
             if tuning is not None:
                 tune_blocks(source, tuning, store, blocks, (windows, mask), options.progress)
@@ -139,7 +149,7 @@ def _tuning_method(plan: Plan) -> LayerMethod | None:
     return asking[0] if asking else None
 
 
-def _settings(source: ModelSource, plan: Plan, windows: Tensor, mask: Tensor | None, options: StreamOptions) -> dict[str, Any]:
+def run_settings(source: ModelSource, plan: Plan, windows: Tensor, mask: Tensor | None, options: StreamOptions) -> dict[str, Any]:
     """Everything that decides the result."""
     return {
         "model": source.fingerprint(),
@@ -170,8 +180,8 @@ def _kept_by_plan(adapter: Adapter, plan: Plan) -> dict[str, str]:
 class _Run:
     """Layer methods: a block's statistics are gathered in one forward, then its linears are solved."""
 
-    def __init__(self, plan: Plan, feed: Feed, store: Store) -> None:
-        self.plan, self.feed, self.store = plan, feed, store
+    def __init__(self, plan: Plan, feed: Feed, store: Store, text: tuple[Tensor, Tensor | None], shared: DensePass | None = None) -> None:
+        self.plan, self.feed, self.store, self.text, self.shared = plan, feed, store, text, shared
         self.source, self.shell, self.options = feed.source, feed.shell, feed.options
         self.adapter = Adapter(feed.shell)
 
@@ -191,8 +201,8 @@ class _Run:
         """What must be known of the whole model before its first layer: gradients and plans, for methods that ask; kept in files."""
         layers = [name for block in self.adapter.blocks for name in self.adapter.linears(block)]
         methods = {name: method for name in layers if isinstance(method := self.plan.method_for(name), LayerMethod)}
-        keep_sensitivities(self.source, methods, self.feed.windows, self.store)
-        keep_profile(self.source, methods, (self.feed.windows, self.feed.mask), self.store, self.options.progress)
+        keep_sensitivities(self.source, methods, self.text[0], self.store)
+        keep_profile(self.source, methods, self.text, self.store, self.options.progress)
         if not self.store.has_state(_CHOICES):
             choices: dict[str, Tensor] = {}
             for method in set(methods.values()):
@@ -254,8 +264,7 @@ class _Run:
     ) -> tuple[list[Tensor], list[tuple[str, ...]], dict[str, StoredLinear], dict[str, Any]]:
         """The dense outputs where they are asked for, the groups of one input, the linears compressed, what the manifest says of each."""
         needs = {need for name in linears for need in _layer_method(self.plan.method_for(name), name).needs}
-        keep = self.options.inputs == "original"
-        outputs, gathered = gather_inputs(self.feed, [block], linears, needs, hidden, keep)
+        outputs, gathered = self._gather(block, linears, needs, hidden)
         groups = list(gathered)
         stored: dict[str, StoredLinear] = {}
         entries: dict[str, Any] = {}
@@ -264,7 +273,6 @@ class _Run:
             return_freed_memory()
             if not statistics.tokens:
                 assume_nothing(statistics)
-            moment = second_moment(statistics)
             for method, names in self._by_method(group).items():
                 if method.uses_gradients:
                     statistics.sensitivities = self.store.state(SENSITIVITIES, names)
@@ -273,9 +281,21 @@ class _Run:
                     statistics.choices = self.store.state(_CHOICES, [name for name in names if name in chosen])
                 weights = {name: weight_matrix(linears[name]).float().contiguous() for name in names}
                 solved = solve_group(method, weights, statistics)
-                entries |= {one: layer_entry(one, weights[one], layer, moment, statistics.tokens) for one, layer in solved.items()}
+                for one, layer in solved.items():
+                    moment = second_moment(statistics) if self.options.moments is None else self.options.moments(one)
+                    entries[one] = layer_entry(one, weights[one], layer, moment, statistics.tokens)
                 stored |= solved
         return outputs, groups, {name: stored[name] for name in linears}, {name: entries[name] for name in linears}
+
+    def _gather(
+        self, block: str, linears: Mapping[str, nn.Module], needs: set[type[Accumulator]], hidden: Tensor
+    ) -> tuple[list[Tensor], dict[tuple[str, ...], Statistics]]:
+        """As `gather_inputs`; the first block reads the same in every run, and the others do where they see dense inputs."""
+        original, index = self.options.inputs == "original", self.feed.blocks.index(block)
+        if self.shared is None or (index and not original):
+            return gather_inputs(self.feed, [block], linears, needs, hidden, original)
+        outputs = list(self.feed.forward([block], hidden)) if original else []
+        return outputs, self.shared.statistics(index, needs, linears)
 
     def _by_method(self, group: tuple[str, ...]) -> dict[LayerMethod, list[str]]:
         chosen: dict[LayerMethod, list[str]] = {}
