@@ -329,13 +329,6 @@ class TrainingMethod(Method, ABC):
         """The trained model in eval mode, with what is stored in its place."""
 
 
-class AllocationMethod(Method, ABC):
-    """Chooses an option for every layer within a budget."""
-
-    @abstractmethod
-    def allocate(self, problem: Any, budget: float) -> dict[str, Any]: ...
-
-
 class CodecMethod(Method, ABC):
     """Writes signals as bytes."""
 

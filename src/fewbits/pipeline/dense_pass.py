@@ -53,21 +53,21 @@ class DensePass:
         self._linears = {name: Adapter(self.shell).linears(name) for name in self.blocks}
         self._moments = lru_cache(maxsize=1)(self._read_moments)
 
-    def gather(self, needs: Iterable[type[Accumulator]], *, final: bool = False) -> None:
-        """Make sure that each of `needs`, and the hidden states behind the last block if `final`, is kept; a killed run goes on.
+    def gather(self, needs: Iterable[type[Accumulator]], *, final: bool = False, blocks: int | None = None) -> None:
+        """Make sure that each of `needs` is kept, of the first `blocks` or of all, and the last hidden states if `final`.
 
-        Raises NumericsError with the block's name where hidden states are not finite.
+        A killed run goes on where it was. Raises NumericsError where what a layer reads is not finite.
         """
-        missing = [need for need in set(needs) if not all(self.store.has_state(_state(need, block)) for block in range(len(self.blocks)))]
-        whole = all(self.store.has_state(_block_state(_GROUPS, block)) for block in range(len(self.blocks)))
+        leading = range(len(self.blocks) if blocks is None else blocks)
+        missing = [need for need in set(needs) if not all(self.store.has_state(_state(need, block)) for block in leading)]
+        whole = all(self.store.has_state(_block_state(_GROUPS, block)) for block in leading)
         if missing or not whole or (final and not self._has_final()):
             with torch.no_grad():
-                self._run(missing, final)
+                self._run(missing, final, len(leading))
 
-    def _run(self, needs: list[type[Accumulator]], final: bool) -> None:
+    def _run(self, needs: list[type[Accumulator]], final: bool, count: int) -> None:
         feed = Feed(self.source, self.shell, self.windows, self.mask, self.options)
-        count = len(self.blocks)
-        hidden, done = feed.keep(self.store, 0, feed.first_inputs()), self._resumable(needs)
+        hidden, done = feed.keep(self.store, 0, feed.first_inputs()), min(self._resumable(needs), count - 1)
         if done:
             hidden = feed.kept(self.store, done)
         for index in range(done, count):
@@ -75,7 +75,7 @@ class DensePass:
             self.source.load_module(self.shell, name, self.options.dtype)
             outputs, gathered = gather_inputs(feed, [name], self._linears[name], needs, hidden, index + 1 < count or final)
             self._write(index, needs, gathered)
-            if index + 1 == count:
+            if index + 1 == len(self.blocks):
                 wrapped = isinstance(feed.calls[name][0].call(self.shell.get_submodule(name), hidden[:1]), tuple)
                 self.store.write_state(_WRAPPED, {_WRAPPED: torch.tensor(wrapped)})
             self.shell.get_submodule(name).to("meta")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +35,7 @@ def gather_sensitivities(
     model is in memory, with one layer's gradient at a time. Raises InputError for a model that predicts no tokens,
     NumericsError with the layer's name where a gradient is not finite.
     """
-    if source.is_encoder:
-        raise InputError(f"{source.name!r} is an encoder: it predicts no tokens, so there is no loss to take gradients of")
-    model = source.shell()
-    source.load_module(model, "", dtype)
-    model.tie_weights()
-    model.requires_grad_(False)
+    model = _loaded(source, dtype)
     totals: dict[str, Tensor] = {}
     for name, method in method_of.items():
         linear = model.get_submodule(name)
@@ -71,3 +67,42 @@ def _adder(name: str, method: GradientMethod, linear: nn.Module, totals: dict[st
         totals[name] = totals[name] + found if name in totals else found
 
     return add
+
+
+def gather_output_gradients(source: ModelSource, names: Collection[str], windows: Tensor) -> dict[str, Tensor]:
+    """For each layer the mean over tokens of the squares of the loss's gradient by the layer's outputs, `[out]`.
+
+    The loss is the sum of the next tokens' in each of `windows [count, length]`, in nats. Layers that no token reached have
+    zeros. The whole model is in memory. Raises InputError and NumericsError as `gather_sensitivities` does.
+    """
+    model = _loaded(source, torch.float32)
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, outputs: outputs.requires_grad_())
+    sums: dict[str, Tensor] = {}
+    for name in names:
+        linear = model.get_submodule(name)
+        sums[name] = torch.zeros(weight_matrix(linear).shape[0])
+        linear.register_full_backward_hook(_square_adder(name, sums))
+    with torch.enable_grad():
+        for window in windows:
+            (model(input_ids=window[None], labels=window[None], use_cache=False).loss * (len(window) - 1)).backward()
+    return {name: total / windows.numel() for name, total in sums.items()}
+
+
+def _square_adder(name: str, sums: dict[str, Tensor]) -> Callable[..., None]:
+    def add(module: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+        sums[name] += outputs[0].detach().float().flatten(0, -2).square().sum(0)
+        if not bool(torch.isfinite(sums[name]).all()):
+            raise NumericsError(f"{name}: the loss's gradient is not finite; the model, or the calibration text, is broken")
+
+    return add
+
+
+def _loaded(source: ModelSource, dtype: torch.dtype) -> Any:
+    """The whole model, no parameter of which asks for a gradient."""
+    if source.is_encoder:
+        raise InputError(f"{source.name!r} is an encoder: it predicts no tokens, so there is no loss to take gradients of")
+    model = source.shell()
+    source.load_module(model, "", dtype)
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model

@@ -39,8 +39,6 @@ def keep_profile(
     profiles = {profile for _, profile in asked.values()}
     if len(profiles) > 1:
         raise InputError(f"the layers' methods ask for {len(profiles)} profiles; one way to measure for all would be right")
-    if source.is_encoder:
-        raise InputError(f"{source.name!r} is an encoder: it predicts no tokens, so there is no loss to profile; no profile would be right")
     windows, mask = text
     if mask is not None and not bool(mask.all()):
         raise InputError("a profile reads whole windows; documents of their own with padding are not taken: leave --separate out")

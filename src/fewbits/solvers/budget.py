@@ -17,12 +17,12 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], b
 
     `costs[layer][configuration]` and `sizes` alike, any unit; layers may differ in how many configurations they have. Solved
     as an integer program by HiGHS (LQ-LoRA, arXiv 2311.12023, section 3.2) to a relative gap of 1e-9, or as far as it gets in
-    `seconds`. Raises InputError where the shapes differ, a number is not finite, or even the smallest sizes exceed the budget;
-    NumericsError where the solver finds nothing.
+    `seconds`. Of layers with the very same numbers the first ones get the larger sizes. Raises InputError where the shapes
+    differ, a number is not finite, or even the smallest sizes exceed the budget; NumericsError where the solver finds nothing.
     """
     if not costs or [len(row) for row in costs] != [len(row) for row in sizes] or not all(len(row) for row in costs):
         raise InputError("costs and sizes of different shapes cannot be balanced; one or more configurations a layer would be right")
-    kept = [_useful(cost, size) for cost, size in zip(costs, sizes, strict=True)]
+    kept = [efficient(cost, size) for cost, size in zip(costs, sizes, strict=True)]
     cost = np.concatenate([np.asarray(row, float)[chosen] for row, chosen in zip(costs, kept, strict=True)])
     size = np.concatenate([np.asarray(row, float)[chosen] for row, chosen in zip(sizes, kept, strict=True)])
     least = sum(min(row) for row in sizes)
@@ -44,7 +44,7 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], b
     starts = np.cumsum([0, *(len(chosen) for chosen in kept)])
     picks = [int(found.x[a:b].argmax()) for a, b in pairwise(starts)]
     choices = [int(chosen[pick]) for chosen, pick in zip(kept, picks, strict=True)]
-    return _within(choices, sizes, budget)
+    return _within(_settled(choices, costs, sizes), sizes, budget)
 
 
 def affordable_rank(rows: int, columns: int, rank: int, bits: float) -> int:
@@ -52,8 +52,11 @@ def affordable_rank(rows: int, columns: int, rank: int, bits: float) -> int:
     return max(1, min(rank, rows, columns, int(bits * rows * columns / (16 * (rows + columns)))))
 
 
-def _useful(cost: Sequence[float], size: Sequence[float]) -> np.ndarray:
-    """Indices of the configurations that no other one beats in both numbers; nothing else can be in the best solution."""
+def efficient(cost: Sequence[float], size: Sequence[float]) -> np.ndarray:
+    """Indices, by rising size, of the configurations that no other one beats in both numbers; a best solution needs no others.
+
+    Raises InputError where a number is not finite.
+    """
     if not np.isfinite([*cost, *size]).all():
         raise InputError("a cost or a size is not finite; finite weights would be right")
     order = sorted(range(len(cost)), key=lambda index: (size[index], cost[index], index))
@@ -63,6 +66,19 @@ def _useful(cost: Sequence[float], size: Sequence[float]) -> np.ndarray:
             kept.append(index)
             least = cost[index]
     return np.asarray(kept)
+
+
+def _settled(choices: list[int], costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]]) -> list[int]:
+    """Layers that no number tells apart are served in their order, however the solver happened to deal the same choices out."""
+    alike: dict[tuple[tuple[float, ...], tuple[float, ...]], list[int]] = {}
+    for place, rows in enumerate(zip(costs, sizes, strict=True)):
+        alike.setdefault((tuple(rows[0]), tuple(rows[1])), []).append(place)
+    settled = list(choices)
+    for (_, size), places in alike.items():
+        dealt = sorted((choices[place] for place in places), key=lambda choice: (-size[choice], choice))
+        for place, choice in zip(places, dealt, strict=True):
+            settled[place] = choice
+    return settled
 
 
 def _within(choices: list[int], sizes: Sequence[Sequence[float]], budget: float) -> list[int]:

@@ -1,0 +1,133 @@
+"""What an option loses in one layer, by four measures: of the layer's outputs, of the loss's gradients, or of the whole model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor, nn
+
+from fewbits.core.errors import InputError
+from fewbits.core.method import GradientMethod
+from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.models.adapter import oriented
+from fewbits.models.source import ModelSource
+from fewbits.pipeline.gradients import gather_output_gradients, gather_sensitivities
+from fewbits.pipeline.probe import ModelProbe
+from fewbits.pipeline.store import Store
+
+Kind = Literal["kl", "hessian", "fisher", "output"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One option in one layer: its dense `weight [out, in]`, what is `stored` of it, and what is known of its inputs."""
+
+    layer: str
+    linear: nn.Module
+    weight: Tensor
+    stored: StoredLinear
+    moment: Tensor  # 2 E[x x^T], `[in, in]`
+    relative_error: float  # squared output error over squared output
+
+
+class Sensitivity(ABC):
+    """Prepared once for a model and its text, then asked about every candidate."""
+
+    kind: ClassVar[Kind]
+
+    def __init__(self, source: ModelSource, layers: Sequence[str], windows: Tensor, mask: Tensor | None, store: Store) -> None:
+        """`windows [count, length]` are those that it is measured on; what takes long is kept in `store`."""
+        self.store = store
+
+    @abstractmethod
+    def loss(self, candidate: Candidate) -> float: ...
+
+
+class OutputError(Sensitivity):
+    """Squared error of the layer's outputs over their square: nothing is known of what the model makes of them."""
+
+    kind = "output"
+
+    def loss(self, candidate: Candidate) -> float:
+        return candidate.relative_error
+
+
+class _SquaredGradients(GradientMethod):
+    uses_gradients = True
+
+    def sensitivity(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.square()
+
+
+class _GradientLoss(Sensitivity):
+    """Half a quadratic form of the error, whose matrix is an estimate of the Fisher information from single samples' gradients."""
+
+    def __init__(self, source: ModelSource, layers: Sequence[str], windows: Tensor, mask: Tensor | None, store: Store) -> None:
+        if mask is not None and not bool(mask.all()):
+            raise InputError(f"{self.kind} reads whole windows; documents of their own with padding are not taken: leave --separate out")
+        super().__init__(source, layers, windows, mask, store)
+        if not store.has_state(self.kind):
+            store.write_state(self.kind, self._gather(source, layers, windows))
+
+    @abstractmethod
+    def _gather(self, source: ModelSource, layers: Sequence[str], windows: Tensor) -> Mapping[str, Tensor]: ...
+
+    def _kept(self, layer: str) -> Tensor:
+        return self.store.state(self.kind, [layer])[layer]
+
+
+class Fisher(_GradientLoss):
+    """1/2 sum F * error**2 in nats a token, F the diagonal of the Fisher information: errors of two weights are taken as unrelated."""
+
+    kind = "fisher"
+
+    def _gather(self, source: ModelSource, layers: Sequence[str], windows: Tensor) -> Mapping[str, Tensor]:
+        sums = gather_sensitivities(source, dict.fromkeys(layers, _SquaredGradients()), windows)
+        # A sample's loss is the mean of its tokens', whose gradients are nearly unrelated: a token's squares are as many times larger.
+        return {name: total * ((windows.shape[1] - 1) / len(windows)) for name, total in sums.items()}
+
+    def loss(self, candidate: Candidate) -> float:
+        error = candidate.stored.weight.decode() - candidate.weight
+        return float((self._kept(candidate.layer) * error.square()).sum(dtype=error.dtype)) / 2
+
+
+class OutputHessian(_GradientLoss):
+    """1/2 sum over outputs of E[g**2] times the output's mean squared error, in nats a token; g is the loss's gradient by it.
+
+    The Hessian of each row of weights is taken to be E[g**2] E[x x^T], that of different rows to be unrelated.
+    """
+
+    kind = "hessian"
+
+    def _gather(self, source: ModelSource, layers: Sequence[str], windows: Tensor) -> Mapping[str, Tensor]:
+        return gather_output_gradients(source, layers, windows)
+
+    def loss(self, candidate: Candidate) -> float:
+        error = candidate.stored.weight.decode() - candidate.weight
+        squares = ((error @ candidate.moment) * error).sum(1) / 2
+        return float((self._kept(candidate.layer) * squares).sum()) / 2
+
+
+class Divergence(Sensitivity):
+    """KL(dense model || the model with this one layer replaced), nats a token: measured, not estimated."""
+
+    kind = "kl"
+
+    def __init__(self, source: ModelSource, layers: Sequence[str], windows: Tensor, mask: Tensor | None, store: Store) -> None:
+        super().__init__(source, layers, windows, mask, store)
+        self.probe = ModelProbe(source, windows, mask)
+
+    def loss(self, candidate: Candidate) -> float:
+        layer, stored, first = candidate.layer, candidate.stored, self.probe.block_of(candidate.layer)
+        if stored.activation is None and stored.offset is None:
+            with self.probe.changed({f"{layer}.weight": oriented(candidate.linear, stored.weight.decode())}):
+                return self.probe.divergence(first)
+        bias = candidate.linear.bias
+        with self.probe.replaced(layer, CompressedLinear(stored, bias if isinstance(bias, Tensor) else None)):
+            return self.probe.divergence(first)
+
+
+SENSITIVITIES: dict[str, type[Sensitivity]] = {one.kind: one for one in (Divergence, OutputHessian, Fisher, OutputError)}

@@ -1,0 +1,163 @@
+"""Every option is tried in every layer: what is stored of it is counted, and what is lost is measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.allocation.problem import LayerTrial, fused_name
+from fewbits.allocation.sensitivity import SENSITIVITIES, Candidate, Kind, Sensitivity
+from fewbits.core.errors import InputError
+from fewbits.core.method import Accumulator, LayerMethod, Statistics
+from fewbits.models.adapter import Adapter, weight_matrix
+from fewbits.models.source import ModelSource
+from fewbits.pipeline.entries import checked_linears, layer_entry, second_moment
+from fewbits.pipeline.feed import Feed, StreamOptions, finite
+from fewbits.pipeline.gather import assume_nothing, gather_inputs
+from fewbits.pipeline.gradients import gather_sensitivities
+from fewbits.pipeline.memory import return_freed_memory
+from fewbits.pipeline.plan import Plan
+from fewbits.pipeline.solve import solve_group
+from fewbits.pipeline.store import Store
+from fewbits.pipeline.stream import run_settings
+from fewbits.statistics.hessian import Hessian
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """By which measure losses are measured, on how many of the calibration windows, and the layers that stay dense whatever happens."""
+
+    sensitivity: Kind = "kl"
+    windows: int = 8
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.sensitivity not in SENSITIVITIES:
+            raise InputError(f"sensitivity={self.sensitivity!r} is not known; {', '.join(SENSITIVITIES)} are")
+        if self.windows < 1:
+            raise InputError(f"windows={self.windows} is out of range; 1 or more, such as 8, would be right")
+
+
+def try_options(
+    source: ModelSource,
+    options: Sequence[LayerMethod],
+    text: tuple[Tensor, Tensor | None],
+    work: Path,
+    settings: TrialSettings,
+    stream: StreamOptions | None = None,
+) -> dict[str, LayerTrial]:
+    """By layer, in the model's order: stored bits and loss of each of `options`, every other layer dense.
+
+    Statistics see the dense model's inputs of `text`, windows `[count, length]` and their mask. `work` keeps the blocks that are
+    done: a run that was killed goes on after them. Raises InputError where an option works on more than single layers or the
+    folder belongs to other settings.
+    """
+    for option in options:
+        _check_single(option)
+    windows, mask = text
+    stream = replace(stream or StreamOptions(), inputs="original")
+    plan = Plan(options[0], settings.keep, tuple((str(index), option) for index, option in enumerate(options)))
+    store = Store(work, run_settings(source, plan, windows, mask, stream) | {"trials": asdict(settings)})
+    with torch.no_grad():
+        return _Trials(source, options, Feed(source, source.shell(), windows, mask, stream), store, settings).run(plan)
+
+
+class _Trials:
+    """One pass through the dense blocks."""
+
+    def __init__(self, source: ModelSource, options: Sequence[LayerMethod], feed: Feed, store: Store, settings: TrialSettings) -> None:
+        self.source, self.options, self.feed, self.store, self.settings = source, options, feed, store, settings
+        self.adapter = Adapter(feed.shell)
+
+    def run(self, plan: Plan) -> dict[str, LayerTrial]:
+        done, blocks = self.store.finished(), self.feed.blocks
+        names = [name for block in blocks for name in self.adapter.linears(block) if plan.keeps(name) is None]
+        if not names:
+            raise InputError(f"the patterns {list(plan.keep)} keep every layer dense; fewer patterns would be right")
+        if done < len(blocks):
+            measured = self.feed.windows[: self.settings.windows]
+            mask = None if self.feed.mask is None else self.feed.mask[: self.settings.windows]
+            sensitivity = SENSITIVITIES[self.settings.sensitivity](self.source, names, measured, mask, self.store)
+            self._gather_gradients(names)
+            hidden = self.feed.keep(self.store, 0, self.feed.first_inputs())
+            hidden = self.feed.kept(self.store, done) if done else hidden
+            began = time.monotonic()
+            for index in range(done, len(blocks)):
+                hidden = self._try_block(index, plan, sensitivity, hidden)
+                left = (time.monotonic() - began) / (index - done + 1) * (len(blocks) - index - 1)
+                if self.feed.options.progress is not None:
+                    self.feed.options.progress(index, len(blocks), f"trials of {blocks[index]}", 0.0, left)
+        described = {name: one for index in range(len(blocks)) for name, one in self.store.manifest(index)["trials"].items()}
+        return {name: LayerTrial(**described[name] | {key: tuple(described[name][key]) for key in ("sizes", "losses")}) for name in names}
+
+    def _gather_gradients(self, names: Sequence[str]) -> None:
+        for index, option in enumerate(self.options):
+            if option.uses_gradients and not self.store.has_state(_gradients(index)):
+                with torch.enable_grad():
+                    found = gather_sensitivities(self.source, dict.fromkeys(names, option), self.feed.windows)
+                self.store.write_state(_gradients(index), found)
+
+    def _try_block(self, index: int, plan: Plan, sensitivity: Sensitivity, hidden: Tensor) -> Tensor:
+        """The block's trials go to the store, which then counts it as done; returns the next block's inputs."""
+        name = self.feed.blocks[index]
+        self.source.load_module(self.feed.shell, name, self.feed.options.dtype)
+        linears = checked_linears(self.adapter, name, plan)
+        needs: set[type[Accumulator]] = {Hessian, *(need for option in self.options for need in option.needs)}
+        outputs, gathered = gather_inputs(self.feed, [name], linears, needs, hidden, keep=True)
+        trials: dict[str, Any] = {}
+        for group in list(gathered):
+            statistics = gathered.pop(group)  # a group's statistics go as soon as it is solved
+            if not statistics.tokens:
+                assume_nothing(statistics)
+            tried = self._try_group({layer: linears[layer] for layer in group}, statistics, sensitivity)
+            for layer, rows in tried.items():
+                trial = LayerTrial(name, fused_name(name, group, layer), weight_matrix(linears[layer]).numel(), *rows)
+                trials[layer] = asdict(trial)
+            return_freed_memory()
+        if index + 1 < len(self.feed.blocks):
+            # The next inputs first: the block counts as done only when the run can go on from it.
+            hidden = self.feed.keep(self.store, index + 1, finite(name, outputs))
+        self.store.write_block(index, {}, {"trials": {layer: trials[layer] for layer in linears}})
+        self.store.drop_activations(keep=index + 1)
+        self.feed.shell.set_submodule(name, nn.Identity())  # nothing of a finished block stays in memory
+        return hidden
+
+    def _try_group(
+        self, linears: Mapping[str, nn.Module], statistics: Statistics, sensitivity: Sensitivity
+    ) -> dict[str, tuple[tuple[int, ...], tuple[float, ...]]]:
+        """Bits and losses of every option, by layer."""
+        weights = {name: weight_matrix(linear).float().contiguous() for name, linear in linears.items()}
+        moment = second_moment(statistics)
+        assert moment is not None
+        sizes: dict[str, list[int]] = {name: [] for name in weights}
+        losses: dict[str, list[float]] = {name: [] for name in weights}
+        for index, option in enumerate(self.options):
+            if option.uses_gradients:
+                statistics.sensitivities = self.store.state(_gradients(index), weights)
+            for name, stored in solve_group(option, weights, statistics).items():
+                entry = layer_entry(name, weights[name], stored, moment, statistics.tokens)
+                sizes[name].append(sum(entry["bits"].values()))
+                candidate = Candidate(name, linears[name], weights[name], stored, moment, entry["relative_error"])
+                losses[name].append(sensitivity.loss(candidate))
+        return {name: (tuple(sizes[name]), tuple(losses[name])) for name in weights}
+
+
+def _gradients(option: int) -> str:
+    return f"gradients-{option}"
+
+
+def _check_single(option: LayerMethod) -> None:
+    if not isinstance(option, LayerMethod):
+        raise InputError(f"{type(option).__name__.lower()} does not compress single layers; a layer method such as gptq would be right")
+    whole = {"trains": option.tuning(), "profiles": option.profiling(), "ranks": option.stacking()}
+    asked = [verb for verb, found in whole.items() if found is not None]
+    if asked:
+        raise InputError(
+            f"{option.name()} {asked[0]} the whole model, so no layer can be tried alone; a method such as gptq would be right"
+        )
