@@ -1,4 +1,4 @@
-"""The verbs of fewbits: compress, train, load, evaluate, generate."""
+"""The verbs of fewbits: compress, train, load, evaluate, generate, export."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from fewbits.evaluation.embeddings import compare_embeddings, embed
 from fewbits.evaluation.fidelity import score, summarize
 from fewbits.evaluation.streamed import StreamedModel
 from fewbits.export.checkpoint import check_output, is_checkpoint, load_checkpoint, read_record, read_stack, write_checkpoint
+from fewbits.export.foreign import is_foreign, load_foreign
+from fewbits.export.run import export as write_export
 from fewbits.export.stack import memory_in_bytes
+from fewbits.export.target import Target, get_target
 from fewbits.layers.learned import LearnedLinear
 from fewbits.layers.linear import StoredLinear, whole_bits
 from fewbits.models.hf_cache import cache_keyword
@@ -190,7 +193,7 @@ def stored_bits(method: Method, rows: int = 256, columns: int = 512) -> dict[str
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32, *, memory: int | str | None = None) -> PreTrainedModel:
-    """A dense model or a folder that `compress` wrote, in eval mode.
+    """A dense model, a folder that `compress` wrote, or one in a format of `export` that others wrote, in eval mode.
 
     Of a folder whose layers' terms are ranked (bitstack) `memory`, bytes or text such as "120MB", loads the most that fits in it:
     it counts all stored tensors, dense parameters in the dtype of the file, and no others are read; `resize` changes it later.
@@ -202,7 +205,22 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, *, memory: int |
         raise InputError(
             f"{str(model)!r} is no stack, so it has one size; a folder compressed with a method such as bitstack would be right"
         )
+    if is_foreign(Path(model)):
+        return load_foreign(Path(model), dtype)
     return open_model(model).load(dtype)
+
+
+def export(folder: str | Path, to: str | Target, output: str | Path, *, requantize: bool = False) -> dict[str, Any]:
+    """Write a folder that `compress` wrote as files for another engine, in the format `to`: "gptq", "dense:dtype=bfloat16".
+
+    Returns the record: the files, and what was lost in layers that the format could not hold, which `requantize` rounds to its
+    grid. Raises InputError where there is such a layer and it was not asked for, and before anything is written.
+    """
+    began = time.monotonic()
+    target = get_target(to) if isinstance(to, str) else to
+    made = write_export(Path(folder), target, Path(output), requantize=requantize)
+    settings = {"to": target.name(), "fields": asdict(cast(Any, target)), "requantize": requantize, "output": str(output)}
+    return make_record("export", folder, settings, made.record(), began)
 
 
 def evaluate(

@@ -9,11 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from fewbits.core.errors import InputError
 from fewbits.export.checkpoint import CONFIG, is_checkpoint, read_layers, read_settings
 from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.models.experts import SeparateExperts
 from fewbits.models.source import ModelSource, open_model
 
 Change = Callable[[str, StoredLinear], StoredLinear]  # a layer by its name to what is written in its place
@@ -39,7 +41,7 @@ class Contents:
         return open_model(self.path)
 
     @cached_property
-    def shell(self) -> nn.Module:
+    def shell(self) -> PreTrainedModel:
         """The model without weights, its linears as they were before they were compressed."""
         return self.source.shell()
 
@@ -77,3 +79,8 @@ class Contents:
     def has_bias(self, layer: str) -> bool:
         """Whether the model's layer adds a bias."""
         return getattr(self.shell.get_submodule(layer), "bias", None) is not None
+
+    def experts_of(self, layer: str) -> str | None:
+        """The name of the module of experts that a layer was taken out of, where the model keeps them in one tensor."""
+        owner = layer.rpartition(".")[0].rpartition(".")[0]
+        return owner if isinstance(self.shell.get_submodule(owner), SeparateExperts) else None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fewbits.core.errors import InputError
 
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
 
@@ -18,6 +21,22 @@ def copy_companions(source: Path, folder: Path) -> None:
     for file in source.iterdir():
         if file.suffix in _COMPANIONS and not file.name.startswith(("model.", "training", "fewbits")):
             shutil.copyfile(file, folder / file.name)
+
+
+def quantization_config(path: Path) -> dict[str, Any]:
+    """What config.json says of how the folder is quantized; empty where it says nothing. Raises InputError where it is no JSON."""
+    file = path / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()).get("quantization_config") or {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} cannot be read ({error}); a folder with a model would be right") from error
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """config.json."""
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = 2 * 10**9) -> dict[str, int]:

@@ -1,0 +1,45 @@
+"""Compressed models that others wrote, in the formats that are written here too: read into compressed layers, exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fewbits.core.errors import InputError
+from fewbits.export.folder import quantization_config
+from fewbits.export.target import Target, get_target, list_targets
+from fewbits.layers.linear import CompressedLinear
+from fewbits.models.source import open_model
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether `path` is a folder whose config.json says that something other than fewbits quantized its model."""
+    return quantization_config(path).get("quant_method", "fewbits") != "fewbits"
+
+
+def load_foreign(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model with its linears as compressed layers, in eval mode; dense parameters in `dtype`.
+
+    Raises InputError where no format is recognized, a file is damaged, or something has no exact term.
+    """
+    target = _reader(path)
+    source = open_model(path)
+    shell = source.shell()
+    for name, stored in target.read(path):
+        bias = cast(Tensor | None, shell.get_submodule(name).bias)
+        shell.set_submodule(name, CompressedLinear(stored, bias))
+    source.load_module(shell, "", dtype)
+    shell.tie_weights()
+    return shell
+
+
+def _reader(path: Path) -> Target:
+    for name in list_targets():
+        if (target := get_target(name)).recognizes(path):
+            return target
+    method = quantization_config(path).get("quant_method")
+    raise InputError(f"{path} is quantized by {method!r}, which is not read here; a dense model would be right")

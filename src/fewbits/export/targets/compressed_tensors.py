@@ -1,0 +1,133 @@
+"""compressed-tensors: integers in words, 8-bit integers and floats, NVFP4 and MXFP4, each layer by a scheme of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fewbits.core.checks import check_group_size, check_range
+from fewbits.core.errors import InputError
+from fewbits.export.contents import Contents
+from fewbits.export.folder import copy_companions, quantization_config, write_config, write_shards
+from fewbits.export.grids import nearest_grid
+from fewbits.export.schemes import FORMATS, Scheme, hold, unhold
+from fewbits.export.target import Target
+from fewbits.layers.linear import StoredLinear
+from fewbits.models.source import open_model
+
+_METHOD = "compressed-tensors"
+_SUFFIXES = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_global_scale", "weight_g_idx")
+_INPUTS = ("input_scale", "input_zero_point")
+
+
+@dataclass(frozen=True)
+class CompressedTensors(Target):
+    """Layers of one scheme make a config group; linears that stayed dense are named under `ignore`.
+
+    `bits`, `group_size` (None: whole rows) and `symmetric` are for layers that are requantized. Raises InputError for values out
+    of range.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = False
+
+    readers: ClassVar[str] = "transformers with the package compressed-tensors, vLLM, SGLang"
+    extra: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        check_range("bits", self.bits, 2, 8)
+        check_group_size(self.group_size)
+
+    def refuses(self, stored: StoredLinear) -> str | None:
+        held = hold(stored)
+        return held if isinstance(held, str) else None
+
+    def refuses_model(self, contents: Contents) -> str | None:
+        for name in contents.names:
+            if not isinstance(module := contents.shell.get_submodule(name), nn.Linear):
+                return f"{name} is a {type(module).__name__}, and the format is for linear layers"
+            if (experts := contents.experts_of(name)) is not None:
+                return f"{name} is an expert of {experts}, which other engines keep in one tensor"
+        return None
+
+    def requantize(self, stored: StoredLinear) -> StoredLinear | None:
+        """The nearest uniform grid, and inputs as they are."""
+        return nearest_grid(stored, bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+
+    def write(self, contents: Contents, destination: Path) -> None:
+        copy_companions(contents.path, destination)
+        groups: dict[str, tuple[Scheme, list[str]]] = {}
+        write_shards(destination, self._tensors(contents, groups))
+        write_config(destination, contents.config | {"quantization_config": self._described(contents, list(groups.values()))})
+
+    def recognizes(self, path: Path) -> bool:
+        return quantization_config(path).get("quant_method") == _METHOD
+
+    def read(self, path: Path) -> Iterator[tuple[str, StoredLinear]]:
+        source, described = open_model(path), quantization_config(path)
+        shell, names = source.shell(), set(source.tensor_names())
+        for name in [one.removesuffix(".weight_scale") for one in source.tensor_names() if one.endswith(".weight_scale")]:
+            module = dict(shell.named_modules()).get(name)
+            if not isinstance(module, nn.Linear):
+                raise InputError(f"{path}: {name} is compressed and no linear layer of the model; another layout would be right")
+            tensors = {suffix: source.tensor(f"{name}.{suffix}") for suffix in (*_SUFFIXES, *_INPUTS) if f"{name}.{suffix}" in names}
+            try:
+                yield name, unhold(tensors, _scheme_of(name, described))
+            except (KeyError, InputError) as error:
+                raise InputError(f"{path}: {name}: {error}") from error
+
+    def _tensors(self, contents: Contents, groups: dict[str, tuple[Scheme, list[str]]]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the file; `groups` is filled with what names share a scheme."""
+        for name, stored in contents.layers():
+            held = hold(stored)
+            assert not isinstance(held, str)  # `refuses` was asked
+            tensors, scheme = held
+            groups.setdefault(json.dumps(scheme.described([])), (scheme, []))[1].append(name)
+            yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in tensors.items())
+        yield from contents.dense()
+
+    def _described(self, contents: Contents, groups: list[tuple[Scheme, list[str]]]) -> dict[str, Any]:
+        """The quantization_config."""
+        formats = {scheme.format for scheme, _ in groups}
+        targets = [["Linear"] if len(groups) == 1 else names for _, names in groups]
+        linears = [name for name, module in contents.shell.named_modules() if isinstance(module, nn.Linear)]
+        return {
+            "quant_method": _METHOD,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": {f"group_{i}": scheme.described(targets[i]) for i, (scheme, _) in enumerate(groups)},
+            "ignore": [name for name in linears if name not in set(contents.names)],
+            "kv_cache_scheme": None,
+        }
+
+
+def _scheme_of(name: str, described: Mapping[str, Any]) -> Scheme:
+    """The scheme of a layer: of the group that names it, else that matches it, else that takes all linears."""
+    groups = list(described.get("config_groups", {}).values())
+    ways = (
+        lambda target: target == name,
+        lambda target: target.startswith("re:") and re.match(target[3:], name) is not None,
+        lambda target: target == "Linear",
+    )
+    for fits in ways:
+        for group in groups:
+            if isinstance(group, Mapping) and any(fits(target) for target in group["targets"]):
+                kind = group.get("format") or described.get("format")
+                if kind not in FORMATS:
+                    raise InputError(f"the format {kind!r} is not read; {', '.join(FORMATS)} would be right")
+                return Scheme(kind, _with_strategy(group["weights"]), group.get("input_activations"))
+    raise InputError("no config group says how it is written")
+
+
+def _with_strategy(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The strategy may be left out; the group size then says it."""
+    size = arguments.get("group_size")
+    implied = "tensor" if size is None else "group" if size > 0 else "channel"
+    return {**arguments, "strategy": arguments.get("strategy") or implied}
