@@ -18,6 +18,7 @@ class LayerTrial:
     block: str
     fused: str
     weights: int
+    columns: int
     sizes: tuple[int, ...]  # stored bits
     losses: tuple[float, ...]
 

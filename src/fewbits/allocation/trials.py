@@ -117,8 +117,8 @@ class _Trials:
                 assume_nothing(statistics)
             tried = self._try_group({layer: linears[layer] for layer in group}, statistics, sensitivity)
             for layer, rows in tried.items():
-                trial = LayerTrial(name, fused_name(name, group, layer), weight_matrix(linears[layer]).numel(), *rows)
-                trials[layer] = asdict(trial)
+                weight = weight_matrix(linears[layer])
+                trials[layer] = asdict(LayerTrial(name, fused_name(name, group, layer), weight.numel(), weight.shape[1], *rows))
             return_freed_memory()
         if index + 1 < len(self.feed.blocks):
             # The next inputs first: the block counts as done only when the run can go on from it.

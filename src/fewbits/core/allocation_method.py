@@ -46,6 +46,7 @@ class AllocationMethod(Method, ABC):
     bits: ClassVar[tuple[int, ...]]  # of the options that the paper chooses between, where a user names no others
     base: ClassVar[str]  # what compresses the layers where a user names nothing else, as METHOD:field=value,...
     needs_budget: ClassVar[bool] = True  # False: it settles by itself how many bits are spent
+    windows: int  # of the calibration text that the scores are measured on
 
     @abstractmethod
     def score(self, probe: Any) -> Mapping[str, float]:

@@ -14,10 +14,12 @@ bits = 8
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fewbits.core.config import configure, suggest
 from fewbits.core.errors import InputError
@@ -46,6 +48,30 @@ def read_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
         raise InputError(f"{path}: keep={keep!r} is not right; a list of patterns of layer names would be")
     overrides = [_override(path, entry) for entry in recipe.get("overrides", [])]
     return Plan(_method(path, recipe.get("method", {}), changes or {}), tuple(keep), tuple(overrides))
+
+
+def recipe_text(plan: Plan) -> str:
+    """The TOML that `read_recipe` reads as an equal plan; of a method only what differs from its defaults is said."""
+    lines = [f"keep = [{', '.join(json.dumps(pattern) for pattern in plan.keep)}]", ""] if plan.keep else []
+    lines += ["[method]", *_lines(plan.method)]
+    for pattern, method in plan.overrides:
+        lines += ["", "[[overrides]]", f"layers = {json.dumps(pattern)}", *_lines(method)]
+    return "\n".join(lines) + "\n"
+
+
+def changed_fields(method: Method) -> dict[str, Any]:
+    """The fields that differ from the method's defaults, and its bits, by which it is known."""
+    found = {field.name: (getattr(method, field.name), field.default) for field in fields(cast(Any, method))}
+    return {name: value for name, (value, default) in found.items() if value != default or name == "bits"}
+
+
+def _lines(method: Method) -> list[str]:
+    return [f"name = {json.dumps(method.name())}", *(f"{name} = {_toml(value)}" for name, value in changed_fields(method).items())]
+
+
+def _toml(value: Any) -> str:
+    """TOML has no word for None; a field that may be None is read from "none"."""
+    return json.dumps("none" if value is None else value) if not isinstance(value, float) else repr(value)
 
 
 def _override(path: Path, entry: dict[str, Any]) -> tuple[str, Method]:

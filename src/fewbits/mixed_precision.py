@@ -1,0 +1,252 @@
+"""Mixed precision under a budget of bytes: allocate, write the recipe, compress, and check the result beside a uniform model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fewbits import api
+from fewbits.allocation.greedy import allocate_by_bargains
+from fewbits.allocation.ilp import allocate_by_program
+from fewbits.allocation.options import label, read_options
+from fewbits.allocation.pareto import frontier
+from fewbits.allocation.problem import LayerTrial, Parts, group_layers, spread, state_problem
+from fewbits.allocation.sensitivity import Kind
+from fewbits.allocation.trials import TrialSettings, try_options
+from fewbits.allocation.uniform import nearest_option, uniform_candidates
+from fewbits.core.allocation_method import AllocationMethod, AllocationProblem
+from fewbits.core.errors import InputError
+from fewbits.core.method import LayerMethod
+from fewbits.core.record import make_record
+from fewbits.data.text import TextSample
+from fewbits.evaluation.fidelity import TokenScores, score, summarize
+from fewbits.evaluation.streamed import StreamedModel
+from fewbits.evaluation.verdicts import judge
+from fewbits.export.checkpoint import check_output, is_checkpoint, read_record
+from fewbits.export.stack import memory_in_bytes
+from fewbits.models.source import ModelSource, open_model
+from fewbits.pipeline.feed import StreamOptions
+from fewbits.pipeline.plan import Plan
+from fewbits.pipeline.probe import ModelProbe
+from fewbits.pipeline.recipe import recipe_text
+
+RECIPE, RECORD = "recipe.toml", "allocation.json"
+_PER_WEIGHT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:bpw)?\s*")
+_HEADER_BYTES = 512  # of the file's header, for each compressed layer, at most
+_UNIFORM_TRIES = 4
+SOLVERS = {"ilp": allocate_by_program, "greedy": allocate_by_bargains}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be allocated.
+
+    `budget`: bits a weight of the compressed layers (3.25, "3.25bpw"), or bytes of the whole file ("500MB"); None only with a
+    method that settles it by itself. `methods` are specs METHOD:field=value,... of layer methods, at each of `bits`, and at most
+    one allocation method. `tie` gives one option to the layers that an engine fuses. Losses are measured by `sensitivity` on
+    `windows` windows of the calibration text. Raises InputError for values that are not known.
+    """
+
+    budget: float | str | None
+    methods: tuple[str, ...] = ("gptq",)
+    bits: tuple[int, ...] = ()
+    sensitivity: Kind = "kl"
+    windows: int = 8
+    solver: Literal["ilp", "greedy"] = "ilp"
+    tie: bool = False
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.solver not in SOLVERS:
+            raise InputError(f"solver={self.solver!r} is not known; {' or '.join(SOLVERS)} would be right")
+
+
+def allocate(
+    model: str | Path,
+    request: Request,
+    output: str | Path,
+    *,
+    calibration: TextSample = TextSample(),
+    heldout: TextSample = TextSample("builtin:heldout", count=64, length=256),
+    options: StreamOptions | None = None,
+    fresh: bool = False,
+) -> dict[str, Any]:
+    """Share the budget out, compress `model` accordingly, and compare with a uniform model of at least as many bytes on `heldout`.
+
+    `output` is the folder to write, with the recipe in it, or a file NAME.toml, which is then the recipe and all that is kept.
+    Returns the record. What is finished lies beside `output` until the end, and a run that was killed goes on from it unless
+    `fresh`. Raises InputError for wrong input, such as a budget that nothing fits in, before the model is compressed.
+    """
+    output, began = Path(output), time.monotonic()
+    allocator, choices = read_options(request.methods, request.bits)
+    only_recipe = output.suffix == ".toml"
+    _check_output(output, only_recipe)
+    source, work = open_model(model), output.with_name(output.name + ".work")
+    _parse_budget(request.budget, allocator)
+    if fresh:
+        shutil.rmtree(work, ignore_errors=True)
+    text = calibration.batch(source.tokenizer())
+    heldout.windows(source.tokenizer())
+    sensitivity: Kind = "output" if allocator is not None else request.sensitivity
+    settings = TrialSettings(sensitivity, request.windows, request.keep)
+    trials = try_options(source, choices, text, work / "trials", settings, options)
+    scores = {} if allocator is None else allocator.score(ModelProbe(source, text[0][: allocator.windows], text[1]))
+    parts: Parts = "block" if allocator is not None else "fused" if request.tie else "layer"
+    problem = state_problem([label(one) for one in choices], trials, grouped := group_layers(trials, parts), scores)
+    solve = SOLVERS[request.solver] if allocator is None else allocator.allocate
+    chosen = spread(solve(problem, _budget_bits(request.budget, source, trials)), grouped)
+    plan = make_plan(chosen, choices, request.keep)
+    runs = _Runs(model, work, calibration, options, request.keep)
+    mixed = runs.compressed(plan)
+    check = _check(runs, mixed, choices, trials, heldout)
+    results = _results(problem, trials, chosen, grouped) | {"check": check, "compressed": read_record(mixed)["results"]}
+    if allocator is None:
+        results["frontier"] = [list(point) for point in frontier(problem, solve)]
+    described = asdict(request) | {"calibration": asdict(calibration), "heldout": asdict(heldout), "plan": plan.describe()}
+    record = make_record("allocate", model, described, results, began)
+    _finish(output, mixed, recipe_text(plan), record, only_recipe)
+    shutil.rmtree(work)
+    return record
+
+
+def make_plan(chosen: Mapping[str, int], options: list[LayerMethod], keep: tuple[str, ...] = ()) -> Plan:
+    """The plan in which every layer has its option; the one that most layers have is the main one."""
+    counts = [list(chosen.values()).count(index) for index in range(len(options))]
+    most = counts.index(max(counts))
+    return Plan(options[most], keep, tuple((layer, options[index]) for layer, index in chosen.items() if index != most))
+
+
+def _check_output(output: Path, only_recipe: bool) -> None:
+    if not only_recipe:
+        check_output(output)
+    elif output.exists():
+        raise InputError(f"{output} exists; another name, or removing it, would be right")
+
+
+def _parse_budget(budget: float | str | None, allocator: AllocationMethod | None) -> tuple[float, bool]:
+    """The number, and whether it is bits a weight; else it is bytes of the file."""
+    if budget is None:
+        if allocator is not None and not allocator.needs_budget:
+            return math.inf, True
+        raise InputError("a budget is needed; bits a weight such as 3.25bpw, or bytes of the file such as 500MB, would be right")
+    found = _PER_WEIGHT.fullmatch(str(budget))
+    if found is not None:
+        return float(found[1]), True
+    try:
+        return float(memory_in_bytes(budget if isinstance(budget, str) else str(budget))), False
+    except InputError as error:
+        raise InputError(f"the budget {budget!r} is not right; bits a weight such as 3.25bpw, or bytes such as 500MB, would be") from error
+
+
+def _budget_bits(budget: float | str | None, source: ModelSource, trials: Mapping[str, LayerTrial]) -> float:
+    """Bits for the tried layers; of a file's bytes what stays dense and the header are taken off first."""
+    weights = sum(trial.weights for trial in trials.values())
+    number, per_weight = (math.inf, True) if budget is None else _parse_budget(budget, None)
+    if per_weight:
+        return number * weights
+    dense = source.file_bytes() - sum(source.parameter(f"{layer}.weight").nbytes for layer in trials)
+    return 8 * (number - dense - _HEADER_BYTES * len(trials))
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Compressed folders by the plan they were made with, each made once."""
+
+    model: str | Path
+    work: Path
+    calibration: TextSample
+    options: StreamOptions | None
+    keep: tuple[str, ...]
+
+    def uniform(self, method: LayerMethod) -> Path:
+        return self.compressed(Plan(method, self.keep))
+
+    def compressed(self, plan: Plan) -> Path:
+        described = json.dumps([plan.describe(), asdict(self.calibration)], sort_keys=True)
+        folder = self.work / hashlib.sha256(described.encode()).hexdigest()[:16]
+        if not is_checkpoint(folder):
+            api.compress(self.model, plan, folder, calibration=self.calibration, options=self.options, probe=None)
+        return folder
+
+
+def _check(runs: _Runs, mixed: Path, choices: list[LayerMethod], trials: Mapping[str, LayerTrial], heldout: TextSample) -> dict[str, Any]:
+    """Both models on the same held-out tokens, and what may be said of their difference."""
+    spent, weights = _stored_bits(mixed), sum(trial.weights for trial in trials.values())
+    option, uniform = _uniform(runs, choices, trials, spent)
+    windows = heldout.windows(open_model(runs.model).tokenizer())
+    ours, theirs = (_score(runs.model, folder, windows) for folder in (mixed, uniform))
+    assert ours.forward_kl is not None and theirs.forward_kl is not None
+    verdicts = {
+        "loss": judge(ours.loss, theirs.loss, seed=heldout.seed),
+        "kl": judge(ours.forward_kl, theirs.forward_kl, seed=heldout.seed),
+    }
+    return {
+        "uniform": label(option),
+        "bits_per_weight": spent / weights,
+        "uniform_bits_per_weight": _stored_bits(uniform) / weights,
+        "mixed_scores": summarize(ours, seed=heldout.seed),
+        "uniform_scores": summarize(theirs, seed=heldout.seed),
+        **{name: asdict(verdict) for name, verdict in verdicts.items()},
+    }
+
+
+def _uniform(runs: _Runs, choices: list[LayerMethod], trials: Mapping[str, LayerTrial], spent: int) -> tuple[LayerMethod, Path]:
+    """A method for all layers and its folder, of at least `spent` bits where groups can be made small enough for that."""
+    for tried, option in enumerate(uniform_candidates(choices, trials, spent)):
+        folder = runs.uniform(option)
+        if _stored_bits(folder) >= spent or tried + 1 == _UNIFORM_TRIES:
+            return option, folder
+    option = nearest_option(choices, trials, spent)
+    return option, runs.uniform(option)
+
+
+def _stored_bits(folder: Path) -> int:
+    return sum(read_record(folder)["results"]["bits"].values())
+
+
+def _score(model: str | Path, folder: Path, windows: Tensor) -> TokenScores:
+    """One block of either model is in memory at a time."""
+    return score(StreamedModel(folder, windows), windows, StreamedModel(model, windows))
+
+
+def _results(
+    problem: AllocationProblem, trials: Mapping[str, LayerTrial], chosen: Mapping[str, int], grouped: Mapping[str, tuple[str, ...]]
+) -> dict[str, Any]:
+    layers = {
+        name: {"option": problem.options[chosen[name]], "weights": trial.weights, "sizes": trial.sizes, "losses": trial.losses}
+        for name, trial in trials.items()
+    }
+    return {
+        "options": list(problem.options),
+        "layers": layers,
+        "parts": {part: list(names) for part, names in grouped.items()},
+        "scores": dict(problem.scores),
+        "bits": sum(trial.sizes[chosen[name]] for name, trial in trials.items()),
+        "weights": sum(trial.weights for trial in trials.values()),
+        "expected_loss": sum(trial.losses[chosen[name]] for name, trial in trials.items()),
+    }
+
+
+def _finish(output: Path, mixed: Path, recipe: str, record: dict[str, Any], only_recipe: bool) -> None:
+    """Everything is written beside, then renamed."""
+    if only_recipe:
+        partial = output.with_name(output.name + ".partial")
+        partial.write_text(recipe)
+        os.replace(partial, output)
+        return
+    (mixed / RECIPE).write_text(recipe)
+    (mixed / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    if output.exists():
+        output.rmdir()
+    mixed.rename(output)
