@@ -1,6 +1,7 @@
 """Neural networks, their caches and signals in few bits, and exactly what was lost."""
 
 from fewbits.api import compress, evaluate, generate, load, train
+from fewbits.comparison.compare import CompareSettings, compare
 from fewbits.core.errors import FewbitsError, InputError, NumericsError
 from fewbits.core.tensor import CompressedTensor, Term, Transform
 from fewbits.data.text import TextSample
@@ -9,6 +10,7 @@ from fewbits.layers import parts as _parts  # noqa: F401 - makes what a folder h
 from fewbits.models import transformers_hook as _transformers_hook  # noqa: F401 - registers the folder format
 
 __all__ = [
+    "CompareSettings",
     "CompressedTensor",
     "FewbitsError",
     "InputError",
@@ -16,6 +18,7 @@ __all__ = [
     "Term",
     "TextSample",
     "Transform",
+    "compare",
     "compress",
     "evaluate",
     "generate",

@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from fewbits.cli.allocate import allocate
 from fewbits.cli.calibrate import calibrate
+from fewbits.cli.compare import compare
 from fewbits.cli.compress import compress
 from fewbits.cli.evaluate import evaluate
 from fewbits.cli.export import export
@@ -20,7 +21,7 @@ from fewbits.cli.show import show
 from fewbits.core.errors import FewbitsError, InputError
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
-for command in (methods, show, compress, allocate, evaluate, calibrate, generate, export):
+for command in (methods, show, compress, allocate, evaluate, compare, calibrate, generate, export):
     app.command()(command)
 _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer has its own copy of click, or uses click itself
 

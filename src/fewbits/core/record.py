@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import resource
@@ -24,9 +25,19 @@ def make_record(kind: str, model: str | Path, settings: dict[str, Any], results:
         "results": results,
         "seconds": time.monotonic() - began,
         "peak_memory_bytes": peak_memory(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("fewbits", "torch", "transformers")}},
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": versions(),
+        "machine": machine(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide a result."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("fewbits", "torch", "transformers")}}
+
+
+def machine() -> dict[str, Any]:
+    """What is said of the machine."""
+    return {"processor": platform.machine(), "threads": torch.get_num_threads()}
 
 
 def peak_memory() -> int:
@@ -38,6 +49,12 @@ def peak_memory() -> int:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def restart_peak_memory() -> None:
+    """From now on `peak_memory` counts anew, where the kernel allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def schema() -> dict[str, Any]:

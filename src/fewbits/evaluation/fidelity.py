@@ -108,13 +108,20 @@ def paired_interval(
     """Confidence interval of the mean of `first - second`, both `[windows, tokens]` of the same tokens.
 
     Bootstrap over windows: pairing removes what the text contributes, resampling whole windows respects that the tokens
-    of one window depend on each other. Raises InputError where the shapes differ.
+    of one window depend on each other. Of runs that were repeated, `[repeats, windows, tokens]`, both repeats and windows are
+    drawn, independently. Raises InputError where the shapes differ.
     """
     if first.shape != second.shape:
         raise InputError(f"a paired comparison needs the same tokens on both sides, not {list(first.shape)} and {list(second.shape)}")
-    differences = (first.double() - second.double()).mean(1)
+    differences = (first.double() - second.double()).mean(-1)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(differences), (resamples, len(differences)), generator=generator)
+    windows = differences.shape[-1]
+    drawn = torch.randint(windows, (resamples, windows), generator=generator)
+    if differences.ndim == 1:
+        means = differences[drawn].mean(1)
+    else:
+        repeats = torch.randint(len(differences), (resamples, len(differences)), generator=generator)
+        means = differences[repeats].mean(1).gather(1, drawn).mean(1)
     tail = (1 - confidence) / 2
-    low, high = torch.quantile(differences[drawn].mean(1), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high

@@ -67,7 +67,7 @@ class DensePass:
 
     def _run(self, needs: list[type[Accumulator]], final: bool, count: int) -> None:
         feed = Feed(self.source, self.shell, self.windows, self.mask, self.options)
-        hidden, done = feed.keep(self.store, 0, feed.first_inputs()), min(self._resumable(needs), count - 1)
+        hidden, done = feed.keep(self.store, 0, feed.first_inputs()), self._resumable(needs)
         if done:
             hidden = feed.kept(self.store, done)
         for index in range(done, count):
@@ -76,7 +76,7 @@ class DensePass:
             outputs, gathered = gather_inputs(feed, [name], self._linears[name], needs, hidden, index + 1 < count or final)
             self._write(index, needs, gathered)
             if index + 1 == len(self.blocks):
-                wrapped = isinstance(feed.calls[name][0].call(self.shell.get_submodule(name), hidden[:1]), tuple)
+                wrapped = isinstance(feed.calls[name][0].call(self.shell.get_submodule(name), hidden[: self.options.batch_size]), tuple)
                 self.store.write_state(_WRAPPED, {_WRAPPED: torch.tensor(wrapped)})
             self.shell.get_submodule(name).to("meta")
             if outputs:

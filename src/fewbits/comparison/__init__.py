@@ -1,0 +1,1 @@
+"""Many methods, one text, one table: what fewbits compare does."""

@@ -1,0 +1,73 @@
+"""The folder of a comparison: one folder for each run, named by what decides its content, whole or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fewbits.core.errors import InputError
+from fewbits.evaluation.fidelity import TokenScores
+
+RECORD, SCORES, TIMING = "record.json", "scores.safetensors", "timing.json"
+
+
+class Folder:
+    """Where the results of a comparison are. Raises InputError where `path` holds something else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.shared, self.work, self.runs = path, path / "shared", path / "work", path / "runs"
+        if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not self.runs.is_dir())):
+            raise InputError(f"{path} exists and holds no comparison; another name, or removing it, would be right")
+        self.runs.mkdir(parents=True, exist_ok=True)
+        for partial in self.runs.glob("*.partial"):
+            shutil.rmtree(partial)
+
+    def run(self, slug: str, key: str) -> Path:
+        """The folder of one run: its name, and the beginning of the hash of everything that decides its content."""
+        return self.runs / f"{slug}-{key[:12]}"
+
+    def keep_run(self, run: Path, record: Mapping[str, Any], scores: TokenScores, timing: Mapping[str, Any]) -> None:
+        """Write a run's files beside its folder, then rename it. What varies from run to run is in the timing alone."""
+        partial = run.with_name(run.name + ".partial")
+        partial.mkdir()
+        try:
+            (partial / RECORD).write_text(as_json(record))
+            (partial / TIMING).write_text(as_json(timing))
+            found = {name: value.contiguous() for name, value in vars(scores).items() if value is not None}
+            save_file(cast("dict[str, Tensor]", found), partial / SCORES)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+                raise InputError(f"the disk is full while writing {run}; free some space and run again to go on") from error
+            raise
+        partial.rename(run)
+
+    def write(self, name: str, text: str) -> Path:
+        """A file of the whole comparison, whole or not at all."""
+        path = self.path / name
+        partial = path.with_name(name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+        return path
+
+
+def read_run(run: Path) -> tuple[dict[str, Any], TokenScores, dict[str, Any]]:
+    """Record, scores and timing. Raises InputError where a file cannot be read."""
+    try:
+        record, timing = (json.loads((run / name).read_text()) for name in (RECORD, TIMING))
+        return record, TokenScores(**load_file(run / SCORES)), timing
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{run} cannot be read ({error}); remove it and run again") from error
+
+
+def as_json(value: Any) -> str:
+    """Text that is the same for equal values."""
+    return json.dumps(value, sort_keys=True, indent=1) + "\n"

@@ -1,0 +1,1 @@
+"""What is shown of results: tables and pages, pure functions of the records."""
