@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewbits.comparison.configuration import Configuration
 from fewbits.evaluation.fidelity import TokenScores, paired_interval
-from fewbits.evaluation.verdicts import frontier, judge
+from fewbits.evaluation.verdicts import Verdict, frontier, judge
 
 Run = tuple[dict[str, Any], TokenScores, dict[str, Any]]  # record, scores, timing
 _AVERAGED = ("bits_per_weight", "kl_mean", "kl_median", "kl_p99", "reverse_kl_mean", "top1_agreement", "delta_loss", "loss")
@@ -69,6 +69,10 @@ class Row:
         return spent([timing for _, _, timing in self.runs])
 
 
+def _said(verdict: Verdict) -> dict[str, Any]:
+    return asdict(verdict) | {"interval": list(verdict.interval)}
+
+
 def spent(timings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean seconds of a run by what they were spent on, the highest memory, tokens a second."""
     speeds = [one["tokens_per_second"] for one in timings if one["tokens_per_second"] is not None]
@@ -85,7 +89,7 @@ def summary(rows: Sequence[Row], dense: Run, baseline: str, noise: Mapping[str, 
     repeats = max(len(row.runs) for row in rows)
     floor = 0.0 if noise is None else float(noise["floor"])
     losses = {row.name: row.losses(repeats) for row in rows}
-    pairs = {one: {other: asdict(judge(losses[one], losses[other], floor=floor)) for other in losses if other != one} for one in losses}
+    pairs = {one: {other: _said(judge(losses[one], losses[other], floor=floor)) for other in losses if other != one} for one in losses}
     measured = [row.measured() for row in rows]
     best = frontier([one["bits_per_weight"] for one in measured], [one["kl_mean"] for one in measured])
     reference = dense[1].loss[None].expand(repeats, -1, -1)
