@@ -20,6 +20,8 @@ GROUPS = [{"bits": bits, "group_size": 64} for bits in (4, 3, 2)]
 SETTINGS = {
     "rtn": CURVE,
     "gptq": CURVE,
+    "kquant": [{"grid": grid} for grid in ("q6_k", "q5_k", "q4_k", "q4_0", "q3_k", "q2_k")]
+    + [{"grid": grid} | change for grid in ("q3_k", "q2_k") for change in ({"activation_order": True}, {"feedback": False})],
     "awq": GROUPS,
     "hqq": GROUPS,
     "spqr": [

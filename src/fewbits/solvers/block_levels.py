@@ -6,8 +6,10 @@ squares. Beyond it, the few-bit numbers are chosen together with their neighbour
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from fewbits.core.tensor import Term
 from fewbits.formats.block_grid import BlockGrid
 
 _RANGES = tuple(step / 10 for step in range(-10, 16))  # how many codes more or less than there are the range of a group is cut into
-_NEAR = (0, -1, 1, -2, 2)
+_ROUNDS = 16  # of moves by one, which nearly always stop sooner
 _LARGEST = 65504.0  # fp16
 
 
@@ -69,21 +71,39 @@ def fit_block_levels(weight: Tensor, importance: Tensor, grid: BlockGrid, units:
         steps = stored["scales"].float()
         return Levels(steps, stored["minimums"].float() if grid.minimums else _lowest(steps, grid), stored)
     assert grid.scale_bits is not None
-    most = 2**grid.scale_bits - 1
-    half = 0 if grid.minimums else 2 ** (grid.scale_bits - 1)
-    scales = _ratio(steps, units.scales) + half
+    scales = _ratio(steps, units.scales) + _zero(grid)
     lows = torch.zeros_like(scales) if units.minimums is None else _ratio(-minimums, units.minimums)
-    trials = ((scales + near, lows + other) for near in _NEAR for other in (_NEAR if grid.minimums else (0,)))
+    best = _best_near(weight, importance, grid, units, (scales, lows))
+    for _ in range(_ROUNDS):
+        closer = _best_near(weight, importance, grid, units, (best.scales, best.lows))
+        if not bool((closer.losses < best.losses).any()):
+            break
+        best = closer
+    stored = {"scales": best.scales.to(torch.uint8)} | ({"minimums": best.lows.to(torch.uint8)} if grid.minimums else {})
+    return Levels(best.steps, best.minimums, stored)
+
+
+class _Choice(NamedTuple):
+    """Of every group `[rows, groups]`: its weighted error, the few-bit numbers, and what they stand for."""
+
+    losses: Tensor
+    scales: Tensor
+    lows: Tensor
+    steps: Tensor
+    minimums: Tensor
+
+
+def _best_near(weight: Tensor, importance: Tensor, grid: BlockGrid, units: Units, start: tuple[Tensor, Tensor]) -> _Choice:
+    """The best of few-bit scales and minimums, of which one or both may be one up or down from `start`."""
+    assert grid.scale_bits is not None and units.scales is not None
+    most = 2**grid.scale_bits - 1
     best: tuple[Tensor, ...] = ()
-    for scale, low in trials:
-        scale = scale.clamp(0, most)
-        step = (scale - half) * units.scales
-        low = low.clamp(0, most)
-        minimum = _lowest(step, grid) if units.minimums is None else -low * units.minimums
-        loss = _loss(weight, importance, step, minimum, grid.bits)
-        best = _better(best, (loss, scale, low, step, minimum))
-    stored = {"scales": best[1].to(torch.uint8)} | ({"minimums": best[2].to(torch.uint8)} if grid.minimums else {})
-    return Levels(best[3], best[4], stored)
+    for near, other in itertools.product((0, -1, 1), (0, -1, 1) if grid.minimums else (0,)):
+        scales, lows = (start[0] + near).clamp(0, most), (start[1] + other).clamp(0, most)
+        steps = (scales - _zero(grid)) * units.scales
+        minimums = _lowest(steps, grid) if units.minimums is None else -lows * units.minimums
+        best = _better(best, (_loss(weight, importance, steps, minimums, grid.bits), scales, lows, steps, minimums))
+    return _Choice(*best)
 
 
 def unit_fields(units: Units) -> dict[str, Tensor]:
@@ -173,6 +193,11 @@ def _better(best: tuple[Tensor, ...], trial: tuple[Tensor, ...]) -> tuple[Tensor
         return trial
     less = trial[0] < best[0]
     return tuple(torch.where(less, new, old) for new, old in zip(trial, best, strict=True))
+
+
+def _zero(grid: BlockGrid) -> int:
+    """The few-bit scale that stands for zero."""
+    return 0 if grid.minimums or grid.scale_bits is None else 2 ** (grid.scale_bits - 1)
 
 
 def _lowest(steps: Tensor, grid: BlockGrid) -> Tensor:
