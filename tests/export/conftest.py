@@ -1,0 +1,58 @@
+"""What tests of exports share: a small dense model, and folders of it with layers as a test wants them."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fewbits.core.tensor import CompressedTensor
+from fewbits.export.checkpoint import write_checkpoint
+from fewbits.formats.ranges import fit_groups
+from fewbits.formats.uniform import Uniform
+from fewbits.layers.linear import StoredLinear
+from fewbits.models.source import open_model
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A folder with a model of two blocks and drawn weights, with biases in its attention."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("dense") / "llama"
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=2, attention_bias=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def compressed(llama, tmp_path):
+    """Writes a folder as `fewbits compress` does, of what `make(name, weight [out, in])` says of every linear of the blocks."""
+
+    def write(make, source=llama, name="compressed"):
+        opened, path = open_model(source), tmp_path / name
+        shell = opened.shell()
+        names = [one for one, module in shell.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in one]
+        made = {one: stored for one in names if (stored := make(one, opened.parameter(f"{one}.weight").float())) is not None}
+        write_checkpoint(path, opened, lambda: made.items(), lambda folder: ({}, ""))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def uniform():
+    """A maker for `compressed`: uniform grids, nearest."""
+
+    def maker(bits=4, group_size=16, symmetric=False):
+        def make(name, weight):
+            size = min(group_size or weight.shape[1], weight.shape[1])
+            scales, zeros = fit_groups(weight, bits, size, symmetric=symmetric)
+            term = Uniform.nearest(weight, scales, zeros, bits=bits, group_size=size, symmetric=symmetric)
+            return StoredLinear(CompressedTensor((term,)))
+
+        return make
+
+    return maker
