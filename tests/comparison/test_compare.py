@@ -11,7 +11,7 @@ from fewbits.core.record import schema
 from fewbits.core.registry import get_method
 from fewbits.pipeline.feed import StreamOptions
 
-METHODS = ["rtn:bits=3", "gptq:bits=3", "lord:share=0.6", "smoothquant"]
+METHODS = ["rtn:bits=3", "gptq:bits=3", "lord:share=0.2", "smoothquant"]
 SILENT = fewbits.CompareSettings(samples=Samples(tokens=0), noise_windows=0)
 SAMPLES = Samples(("def add(a, b):",), 4)
 
@@ -48,7 +48,7 @@ def test_the_record_says_what_the_folder_holds(compared):
     assert sorted(path.name.partition("-")[0] for path in (output / "runs").iterdir()) == [
         "dense",
         "gptq_bits=3",
-        "lord_share=0.6",
+        "lord_share=0.2",
         "rtn_bits=3",
         "smoothquant",
     ]
@@ -88,7 +88,7 @@ def test_verdicts_frontier_and_pairs_agree(compared):
             (low, high), floor = row["verdict"]["interval"], results["noise"]["floor"]
             expected = "better" if high < -floor else "worse" if low > floor else "not distinguishable"
             assert row["verdict"]["said"] == expected and low < row["verdict"]["difference"] < high
-    assert rows["lord:share=0.6"]["verdict"]["said"] == "worse"
+    assert rows["lord:share=0.2"]["verdict"]["said"] == "worse"
     for one in rows:
         for other in rows.keys() - {one}:
             assert results["pairs"][one][other]["difference"] == pytest.approx(rows[one]["loss"] - rows[other]["loss"], abs=1e-5)
