@@ -197,6 +197,8 @@ def _check(runs: _Runs, mixed: Path, choices: list[LayerMethod], trials: Mapping
         "uniform_bits_per_weight": _stored_bits(uniform) / weights,
         "mixed_scores": summarize(ours, seed=heldout.seed),
         "uniform_scores": summarize(theirs, seed=heldout.seed),
+        # The divergence is what compression loses, and the surer number; the loss may not contradict it.
+        "beats_uniform": verdicts["kl"].said == "better" and verdicts["loss"].said != "worse",
         **{name: asdict(verdict) for name, verdict in verdicts.items()},
     }
 

@@ -4,7 +4,7 @@ from fewbits.core.errors import InputError
 from fewbits.methods.weights.gptq import Gptq
 from fewbits.methods.weights.rtn import Rtn
 from fewbits.pipeline.plan import Plan
-from fewbits.pipeline.recipe import read_recipe
+from fewbits.pipeline.recipe import read_recipe, recipe_text
 
 RECIPE = """
 keep = ["*.0.*"]
@@ -46,3 +46,15 @@ def test_what_is_wrong_in_a_recipe_is_said(tmp_path, text, says):
         read_recipe(path)
     with pytest.raises(InputError, match="cannot be read"):
         read_recipe(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(Gptq(bits=3, damping=1e-05, group_size=None)),
+        Plan(Rtn(bits=16), ("*.0.*", 'odd"name'), (("a.b", Rtn(bits=2, symmetric=True, search="mse")), ("*", Gptq()))),
+    ],
+)
+def test_a_plan_that_is_written_down_is_read_back_as_it_was(plan, tmp_path):
+    (tmp_path / "recipe.toml").write_text(recipe_text(plan))
+    assert read_recipe(tmp_path / "recipe.toml") == plan

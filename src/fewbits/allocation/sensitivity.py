@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from fewbits.core.errors import InputError
@@ -85,7 +86,8 @@ class Fisher(_GradientLoss):
     kind = "fisher"
 
     def _gather(self, source: ModelSource, layers: Sequence[str], windows: Tensor) -> Mapping[str, Tensor]:
-        sums = gather_sensitivities(source, dict.fromkeys(layers, _SquaredGradients()), windows)
+        with torch.enable_grad():
+            sums = gather_sensitivities(source, dict.fromkeys(layers, _SquaredGradients()), windows)
         # A sample's loss is the mean of its tokens', whose gradients are nearly unrelated: a token's squares are as many times larger.
         return {name: total * ((windows.shape[1] - 1) / len(windows)) for name, total in sums.items()}
 

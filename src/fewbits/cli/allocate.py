@@ -85,13 +85,13 @@ def _say(output: Path, results: dict[str, Any]) -> None:
 
 def verdict_line(check: dict[str, Any]) -> str:
     """What the comparison with the uniform model says, in one sentence, for better or worse."""
+    said = "better than" if check["beats_uniform"] else "NOT better than"
     beside = f"{check['uniform']} for all layers at {check['uniform_bits_per_weight']:.4f} bits"
-    numbers = ", ".join(f"{name} {_difference(check[key])}" for name, key in (("loss", "loss"), ("KL to the original", "kl")))
-    said = {"better": "better than", "worse": "WORSE than", "not distinguishable": "NOT distinguishable from"}[check["loss"]["said"]]
     unequal = ", which takes fewer bytes" if check["uniform_bits_per_weight"] < check["bits_per_weight"] else ""
+    numbers = "; ".join(f"{name} {_difference(check[key])}" for name, key in (("KL to the original", "kl"), ("loss", "loss")))
     return f"on held-out text {said} {beside}{unequal}: {numbers}"
 
 
 def _difference(verdict: dict[str, Any]) -> str:
     low, high = verdict["interval"]
-    return f"{verdict['difference']:+.4f} nats a token ({low:+.4f} to {high:+.4f})"
+    return f"{verdict['difference']:+.4f} nats a token ({low:+.4f} to {high:+.4f}, {verdict['said']})"

@@ -109,11 +109,13 @@ class ModelProbe:
 
     def losses(self, first: int = 0, without: Collection[str] = ()) -> Tensor:
         """The next token's mean loss in nats of each window, float64 `[windows]`."""
-        found = []
+        return torch.cat(list(self.batch_losses(first, without)))
+
+    def batch_losses(self, first: int = 0, without: Collection[str] = ()) -> Iterator[Tensor]:
+        """`losses` batch by batch, so that gradients need no more than a batch's memory."""
         for tokens, logits in zip(self._batches(), self.logits(first, without), strict=True):
             every = nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-            found.append(every.view(len(tokens), -1).double().mean(1))
-        return torch.cat(found)
+            yield every.view(len(tokens), -1).double().mean(1)
 
     @cached_property
     def dense_losses(self) -> Tensor:
