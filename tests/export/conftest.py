@@ -9,6 +9,7 @@ from fewbits.export.checkpoint import write_checkpoint
 from fewbits.formats.ranges import fit_groups
 from fewbits.formats.uniform import Uniform
 from fewbits.layers.linear import StoredLinear
+from fewbits.models.adapter import Adapter
 from fewbits.models.source import open_model
 
 SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -34,7 +35,7 @@ def compressed(llama, tmp_path):
     def write(make, source=llama, name="compressed"):
         opened, path = open_model(source), tmp_path / name
         shell = opened.shell()
-        names = [one for one, module in shell.named_modules() if isinstance(module, torch.nn.Linear) and ".layers." in one]
+        names = [one for block in Adapter(shell).blocks for one in Adapter(shell).linears(block)]
         made = {one: stored for one in names if (stored := make(one, opened.parameter(f"{one}.weight").float())) is not None}
         write_checkpoint(path, opened, lambda: made.items(), lambda folder: ({}, ""))
         return path
