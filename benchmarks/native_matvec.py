@@ -22,13 +22,17 @@ from pathlib import Path
 
 import torch
 
-from fewbits.core.tensor import CompressedTensor
+from fewbits.core.tensor import CompressedTensor, Term
+from fewbits.formats.additive import Additive
+from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook, normal_float_levels
 from fewbits.formats.dense import Dense
 from fewbits.formats.lowrank import LowRank
 from fewbits.formats.sparse import Sparse
+from fewbits.formats.transposed import Transposed
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
+from fewbits.layers.linear import CompressedLinear, StoredLinear
 
 SHAPES, VECTORS, GROUP = ("4096x4096", "11008x4096", "4096x11008"), (1, 8, 32), 128
 _MEMORY = 256 * 2**20
@@ -52,6 +56,20 @@ def random_codebook(rows: int, columns: int, each_row: bool) -> Codebook:
         return Codebook(some_codes(rows, columns // 2), torch.randn(rows, 1, 16).half(), None, rows, columns, 4, columns)
     scales = torch.rand(rows, columns // 64).half()
     return Codebook(some_codes(rows, columns // 2), normal_float_levels()[None, None], scales, rows, columns, 4, 64)
+
+
+def random_signs(rows: int, columns: int) -> Binary:
+    return Binary(some_codes(rows, columns // 8), torch.rand(rows, columns // GROUP).half(), None, rows, columns, GROUP)
+
+
+def random_codewords(rows: int, columns: int, books: int, bits: int) -> Additive:
+    codes = some_codes(rows, columns // 8 * books * bits // 8)
+    return Additive(codes, torch.randn(books, 2**bits, 8).half(), torch.rand(rows, 1).half(), rows, columns)
+
+
+def settled(term: Term) -> Term:
+    """As a layer holds it once it is loaded."""
+    return CompressedLinear(StoredLinear(CompressedTensor((term,)))).settle().stored.weight.terms[0]
 
 
 @contextmanager
@@ -95,13 +113,18 @@ def candidates(rows: int, columns: int) -> dict[str, list[tuple[int, Product]]]:
             (w.nbytes, lambda inputs, w=w: torch.nn.functional.linear(inputs.to(w.dtype), w)) for w in dense
         ]
 
-    def of(make: Callable[[], Uniform | Codebook], bits: int) -> list[Uniform | Codebook]:
+    def of(make: Callable[[], Term], bits: int) -> list[Term]:
         return [make() for _ in range(max(2, _APART // (rows * columns * bits // 8)))]
 
     terms = {f"uniform {bits} bit": of(lambda bits=bits: random_term(rows, columns, bits), bits) for bits in (2, 3, 4, 8)}
     terms["codebook 4 bit"] = of(lambda: random_codebook(rows, columns, False), 4)
     terms["codebook 4 bit, one a row"] = of(lambda: random_codebook(rows, columns, True), 4)
+    terms["signs"] = of(lambda: random_signs(rows, columns), 1)
+    terms["codewords 2x8"] = of(lambda: random_codewords(rows, columns, 2, 8), 2)
+    terms["codewords 1x16"] = of(lambda: random_codewords(rows, columns, 1, 16), 2)
+    terms["codewords 1x12, down columns"] = of(lambda: Transposed(random_codewords(columns, rows, 1, 12)), 2)
     for name, copies in terms.items():
+        copies[:] = [settled(term) for term in copies]
         found[name] = [(sum(tensor.nbytes for tensor in term.tensors().values()), term.matmul) for term in copies]
     few = Sparse.from_dense(torch.randn(rows, columns), torch.rand(rows, columns) < 0.005)
     thin = LowRank(Dense(torch.randn(rows, 32).half()), Dense(torch.randn(32, columns).half()))
@@ -131,7 +154,7 @@ def sample(size: int, product: Product, inputs: torch.Tensor, memory: torch.Tens
 
 
 def measure(rows: int, columns: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    memory, table = torch.zeros(_MEMORY, dtype=torch.uint8), []
+    memory, table = native.in_large_pages(torch.zeros(_MEMORY, dtype=torch.uint8)), []
     memory.random_(0, 256)
     products = candidates(rows, columns)
     for threads in arguments.threads:

@@ -62,11 +62,12 @@ class Reader {
   }
 
  private:
-  // Numbers as they are, or compressed sparse rows.
+  // Numbers as they are, compressed sparse rows, or codewords.
   const Coded& read_other(Coded& matrix) {
-    matrix.form = static_cast<Coded::Form>(next(1, 2));
+    matrix.form = static_cast<Coded::Form>(next(1, 3));
     matrix.number = to_number(next(0, 2));
     require(matrix.columns <= largest / matrix.rows, "a matrix is too large");
+    if (matrix.form == Coded::vectors) return read_vectors(matrix);
     if (matrix.form == Coded::plain) {
       matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.rows * matrix.columns * size_of(matrix.number)));
       return matrix;
@@ -77,6 +78,25 @@ class Reader {
     matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.entries * size_of(matrix.number)));
     matrix.indices = next_buffer(matrix.entries * matrix.index_bytes);
     matrix.pointers = static_cast<const int32_t*>(next_buffer((matrix.rows + 1) * 4));
+    return matrix;
+  }
+
+  const Coded& read_vectors(Coded& matrix) {
+    matrix.unit = next(4, 16);
+    require(matrix.unit == 4 || matrix.unit == 8 || matrix.unit == 16, "codewords must be of 4, 8 or 16 numbers");
+    matrix.books = next(1, 64);
+    matrix.bits = static_cast<int>(next(1, 16));
+    matrix.entries = next(1, int64_t{1} << matrix.bits);
+    matrix.transposed = next(0, 1) == 1;
+    const int64_t rows = matrix.transposed ? matrix.columns : matrix.rows, along = matrix.transposed ? matrix.rows : matrix.columns;
+    matrix.row_bytes = ((along + matrix.unit - 1) / matrix.unit * matrix.books * matrix.bits + 7) / 8;
+    require(matrix.row_bytes <= largest / rows, "a matrix is too large");
+    matrix.code_bytes = matrix.row_bytes * rows;
+    matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.code_bytes));
+    matrix.indices = next_buffer(matrix.books * matrix.entries * matrix.unit * size_of(matrix.number));
+    matrix.scales = read_values(matrix, 0);
+    const bool fits = matrix.scales.kind == Values::dense && matrix.scales.rows == rows && matrix.scales.columns == 1;
+    require(matrix.scales.kind == Values::none || fits, "scales of codewords must be plain numbers, one for each row of codes");
     return matrix;
   }
 
@@ -105,7 +125,10 @@ class Reader {
       return values.kind == Values::none || ((values.rows == 1 || values.rows == coded.rows) && values.columns == coded.groups);
     };
     require(fits(coded.scales) && fits(coded.zeros), "scales or zero points do not fit the groups of a matrix");
-    require(coded.levels.kind != Values::none || coded.scales.kind != Values::none, "a matrix has neither levels nor scales");
+    const bool signs = coded.zeros.kind == Values::signs;
+    require(coded.scales.kind != Values::signs && coded.levels.kind != Values::signs, "signs are a kind of zero points");
+    require(!signs || coded.bits == 1, "signs must be of one bit");
+    require(signs || coded.levels.kind != Values::none || coded.scales.kind != Values::none, "a matrix has neither levels nor scales");
     require(coded.scales.kind != Values::packed, "scales cannot be packed integers");
     if (coded.levels.kind == Values::none) return;
     require(coded.levels.kind == Values::dense && coded.zeros.kind == Values::none, "levels must be plain numbers, without zero points");
@@ -117,8 +140,13 @@ class Reader {
 
   Values read_values(const Coded& owner, int depth) {
     Values values;
-    values.kind = static_cast<Values::Kind>(next(0, 4));
+    values.kind = static_cast<Values::Kind>(next(0, 5));
     if (values.kind == Values::none) return values;
+    if (values.kind == Values::signs && next(0, 1) == 0) {  // without offsets
+      values.rows = 1;
+      values.columns = owner.groups;
+      return values;
+    }
     if (values.kind == Values::coded) {
       values.inner = &read_coded(depth + 1);
       values.rows = values.inner->rows;
@@ -130,7 +158,7 @@ class Reader {
     values.number = to_number(next(0, 2));
     require(values.columns <= largest / values.rows, "a table is too large");
     const int64_t count = values.rows * values.columns;
-    if (values.kind == Values::dense) values.data = next_buffer(count * size_of(values.number));
+    if (values.kind == Values::dense || values.kind == Values::signs) values.data = next_buffer(count * size_of(values.number));
     else if (values.kind == Values::table) values.data = next_buffer(count);
     else values.data = next_buffer(values.rows * ((values.columns * owner.bits + 7) / 8));
     if (values.kind == Values::table) values.lookup = static_cast<const float*>(next_buffer(256 * 4));
@@ -253,6 +281,11 @@ void best_edges(const std::vector<uint64_t>& sums, int64_t rows, int64_t n, int6
   fewbits::best_edges(at(0), at(1), at(2), rows, n, count, reinterpret_cast<int64_t*>(edges), threads);
 }
 
+int64_t prefer_large_pages(uint64_t address, int64_t bytes) {
+  require(bytes >= 0 && (address != 0 || bytes == 0), "memory has no address");
+  return fewbits::prefer_large_pages(reinterpret_cast<void*>(address), bytes);
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
@@ -265,5 +298,7 @@ NB_MODULE(_native, module) {
              "Attention of a few queries over keys and values that lie packed.");
   module.def("best_edges", &best_edges, nb::arg("sums"), nb::arg("rows"), nb::arg("n"), nb::arg("count"), nb::arg("edges"), nb::arg("threads"),
              "Where the clusters of sorted numbers begin and end.");
+  module.def("prefer_large_pages", &prefer_large_pages, nb::arg("address"), nb::arg("bytes"),
+             "Asks for large pages under memory that is not written yet; the bytes that it was asked for.");
   module.def("read_pass", &read_pass, nb::arg("address"), nb::arg("bytes"), nb::arg("threads"), "Reads all bytes: what memory can give.");
 }

@@ -24,7 +24,8 @@ static inline int64_t rows_ahead(const Coded& w) {
 static int64_t decode_floats(const Coded& w);
 
 static int64_t values_floats(const Values& values) {
-  return values.kind == Values::coded ? decode_floats(*values.inner) : values.kind == Values::packed ? rounded_up(values.columns, 8) / 4 + 2 : 0;
+  if (values.kind == Values::coded) return decode_floats(*values.inner);
+  return values.kind == Values::packed ? rounded_up(values.columns, 8) / 4 + 2 : values.kind == Values::signs ? values.columns : 0;
 }
 
 // `count` numbers of type `number` from place `at` on.
@@ -61,13 +62,23 @@ static void read_values(const Values& values, int bits, int64_t row, float* out,
   }
 }
 
+static void read_offsets(const Values& values, int64_t row, float* out) {
+  if (values.data != nullptr) read_numbers(values.data, values.rows == 1 ? 0 : row * values.columns, values.number, values.columns, out);
+}
+
 // Scales of a row, and zero points times scales; what is past the last group is zero.
 static void read_grid(const Coded& w, int64_t row, float* scales, float* shifts, float* scratch) {
   if (w.scales.kind == Values::none) for (int64_t g = 0; g < w.groups; ++g) scales[g] = 1.0f;
   else read_values(w.scales, w.bits, row, scales, scratch);
   for (int i = 0; i < lanes; ++i) scales[w.groups + i] = shifts[w.groups + i] = 0.0f;
   if (w.levels.kind != Values::none) return;
-  if (w.zeros.kind == Values::none) {
+  if (w.zeros.kind == Values::signs) {  // (2 code - 1) scale + offset
+    read_offsets(w.zeros, row, scratch);
+    for (int64_t g = 0; g < w.groups; ++g) {
+      shifts[g] = scales[g] - (w.zeros.data == nullptr ? 0.0f : scratch[g]);
+      scales[g] *= 2.0f;
+    }
+  } else if (w.zeros.kind == Values::none) {
     const float zero = static_cast<float>(1 << (w.bits - 1));
     for (int64_t g = 0; g < w.groups; ++g) shifts[g] = zero * scales[g];
   } else {
@@ -86,6 +97,7 @@ static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) 
   unpack(w.codes + row * w.row_bytes, w.bits, w.columns, codes);
   if (w.scales.kind != Values::none) read_values(w.scales, w.bits, row, scales, rest);
   if (w.levels.kind != Values::none) read_values(w.levels, w.bits, row, levels, rest);
+  else if (w.zeros.kind == Values::signs) read_offsets(w.zeros, row, zeros);
   else if (w.zeros.kind != Values::none) read_values(w.zeros, w.bits, row, zeros, rest);
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t from = g * w.group, to = least(from + w.group, w.columns);
@@ -93,6 +105,11 @@ static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) 
       const float* found = levels + (w.level_groups > 1 ? g * book : 0);
       for (int64_t c = from; c < to; ++c) out[c] = found[codes[c]];
       if (w.scales.kind != Values::none) for (int64_t c = from; c < to; ++c) out[c] *= scales[g];
+      continue;
+    }
+    if (w.zeros.kind == Values::signs) {
+      const float scale = w.scales.kind == Values::none ? 1.0f : scales[g], offset = w.zeros.data == nullptr ? 0.0f : zeros[g];
+      for (int64_t c = from; c < to; ++c) out[c] = (codes[c] != 0 ? scale : -scale) + offset;
       continue;
     }
     const float zero = w.zeros.kind == Values::none ? static_cast<float>(1 << (w.bits - 1)) : zeros[g], scale = scales[g];

@@ -8,6 +8,7 @@
 
 #include "additions.h"
 #include "grid.h"
+#include "vectors.h"
 #ifdef FEWBITS_FIXED
 #include "fixed.h"
 #endif
@@ -319,11 +320,12 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
   for (int64_t row = first; row < last; row += rows) multiply_chunk(chunk, row, least(row + rows, last));
 }
 
-// ---- codes in fixed point where it serves, in floats elsewhere, and what is added to them ------------------------------------------------------------------------
+// ---- codes in fixed point where it serves, in floats elsewhere, codewords, and what is added to them -------------------------
 
 namespace chosen {
 
 static int64_t prepared_floats(const Product& product) {
+  if (product.matrix->form == Coded::vectors) return vectors::prepared_floats(product);
   if (product.matrix->form != Coded::packed) return additions::prepared_floats(product);
 #ifdef FEWBITS_FIXED
   fixed::Plan plan;
@@ -333,6 +335,7 @@ static int64_t prepared_floats(const Product& product) {
 }
 
 static void prepare(const Product& product, int64_t vector, float* room) {
+  if (product.matrix->form == Coded::vectors) return vectors::prepare(product, vector, room);
   if (product.matrix->form != Coded::packed) return additions::prepare(product, vector, room);
 #ifdef FEWBITS_FIXED
   fixed::Plan plan;
@@ -343,6 +346,7 @@ static void prepare(const Product& product, int64_t vector, float* room) {
 
 // For products and for decoding.
 static int64_t scratch_floats(const Coded& w, int64_t vectors) {
+  if (w.form == Coded::vectors) return vectors::scratch_floats(w);
   if (w.form != Coded::packed) return additions::scratch_floats(w);
   const int64_t floats = FEWBITS_ISA::scratch_floats(w, vectors);
 #ifdef FEWBITS_FIXED
@@ -353,6 +357,7 @@ static int64_t scratch_floats(const Coded& w, int64_t vectors) {
 }
 
 static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  if (product.matrix->form == Coded::vectors) return vectors::multiply(product, prepared, first, last, scratch);
   if (product.matrix->form != Coded::packed) return additions::multiply(product, prepared, first, last, scratch);
 #ifdef FEWBITS_FIXED
   fixed::Plan plan;

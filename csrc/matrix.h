@@ -18,6 +18,7 @@ struct Values {
     packed = 2,  // unsigned integers of the codes' width, packed as the codes are
     coded = 3,   // a coded matrix of its own: the second level of a two-level grid
     table = 4,   // bytes that look their value up in `lookup[256]`
+    signs = 5,   // of zero points: codes are 0 and 1 for -1 and 1; numbers, if there are any, are added to what they are scaled to
   };
   Kind kind = none;
   Number number = Number::f32;
@@ -33,14 +34,19 @@ struct Values {
 //
 // Or, for what is added to such a matrix: numbers as they are in the place of the codes (`plain`), or the entries of compressed
 // sparse rows, their columns in `indices` and each row's beginning in `pointers` (`sparse`).
+//
+// Or codewords (`vectors`): `unit` neighbouring numbers of a row, or of a column where `transposed`, are the sum of a codeword of each of
+// `books` codebooks `[books, entries, unit]`, which are in `indices`; scales are one for each row of codes.
 struct Coded {
-  enum Form : int { packed = 0, plain = 1, sparse = 2 };
+  enum Form : int { packed = 0, plain = 1, sparse = 2, vectors = 3 };
   Form form = packed;
-  Number number = Number::f32;  // of plain numbers and sparse entries
+  Number number = Number::f32;  // of plain numbers, sparse entries and codebooks
   const void* indices = nullptr;
   int64_t index_bytes = 0;
   const int32_t* pointers = nullptr;
-  int64_t entries = 0;
+  int64_t entries = 0;  // of sparse rows, or of a codebook
+  int64_t unit = 0, books = 0;
+  bool transposed = false;
   const uint8_t* codes = nullptr;
   int64_t code_bytes = 0;
   int64_t row_bytes = 0;

@@ -5,6 +5,10 @@
 #include <memory>
 #include <stdexcept>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "threads.h"
 
 namespace fewbits {
@@ -109,7 +113,7 @@ void multiply(const Kernels& kernels, const Product& given, int threads) {
     job.kernels.multiply(job.product, job.prepared, first, last, job.scratch + worker * job.scratch_each);
   };
   run_tasks(threads, (product.matrix->rows + job.rows - 1) / job.rows, work, &job);
-  if (broken.load()) throw std::invalid_argument("a sparse matrix has entries outside of it");
+  if (broken.load()) throw std::invalid_argument(product.matrix->form == Coded::vectors ? "a code has no codeword" : "a sparse matrix has entries outside of it");
 }
 
 void decode(const Kernels& kernels, const Coded& matrix, int64_t first, int64_t last, void* out, Number number, int threads) {
@@ -161,6 +165,18 @@ uint64_t read_pass(const void* data, int64_t bytes, int threads) {
   uint64_t all = 0;
   for (uint64_t word : job.found) all ^= word;
   return all;
+}
+
+int64_t prefer_large_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t size = uintptr_t{1} << 21;
+  const uintptr_t address = reinterpret_cast<uintptr_t>(data), first = (address + size - 1) / size * size;
+  const uintptr_t last = (address + static_cast<uintptr_t>(bytes)) / size * size;
+  if (last > first && madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) == 0) return static_cast<int64_t>(last - first);
+#else
+  (void)data, (void)bytes;
+#endif
+  return 0;
 }
 
 }  // namespace fewbits

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,14 +28,7 @@ ROUNDED_TO = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8} 
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
-
 TESTED = list(native.available())
-
-
-@pytest.fixture(params=TESTED or ["none"])
-def isa(request, monkeypatch) -> Iterator[str]:
-    monkeypatch.setenv("FEWBITS_FORCE_ISA", request.param)
-    yield request.param
 
 
 def sample(seed: int) -> torch.Generator:
@@ -135,6 +127,18 @@ def test_sparse_rows_and_plain_numbers_agree(isa, dtype, columns):
                 reach = inputs.double().abs() @ weight.abs().T
                 limit = FLOAT32_LIMIT * reach + (ROUNDED_TO[input_dtype] if native_one else 2**-7) * reach
                 assert bool(((found.double() - inputs.double() @ weight.T).abs() <= limit + 1e-30).all())
+
+
+@pytest.mark.parametrize("vectors", [33, 300, 513])
+def test_many_vectors_are_multiplied_with_few_entries_as_they_are_stored(isa, vectors):
+    generator = sample(vectors)
+    matrix, mask = torch.randn(40, 500, generator=generator), torch.rand(40, 500, generator=generator) < 0.01
+    term, inputs = Sparse.from_dense(matrix, mask), torch.randn(3, vectors, 500, generator=generator)
+    before = dispatch.counts["multiply"]
+    found = term.matmul(inputs)
+    assert dispatch.counts["multiply"] == before + -(-3 * vectors // 256) and found.shape == (3, vectors, 40)
+    reach = inputs.double().abs() @ term.decode().double().abs().T
+    assert bool(((found.double() - inputs.double() @ term.decode().double().T).abs() <= FLOAT32_LIMIT * reach + 1e-30).all())
 
 
 def test_a_sparse_matrix_that_points_outside_is_refused(isa):

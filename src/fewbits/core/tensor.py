@@ -126,6 +126,10 @@ class Term(Part):
         """`inputs [..., columns] @ decode().T`, the definition that every kernel is compared with."""
         return inputs @ self.decode(inputs.dtype).T
 
+    def matmul_transposed(self, inputs: Tensor) -> Tensor:
+        """`inputs [..., rows] @ decode()`, the definition of what a transposed term computes."""
+        return inputs @ self.decode(inputs.dtype)
+
     def stacked(self, below: Term) -> Term | None:
         """One term with the rows of `below` under these, where every stored number can stay as it is; else None."""
         return None

@@ -156,7 +156,7 @@ def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32, memory: int 
     shell = source.shell()
     for name, stored in read_layers(path, memory=memory):
         bias = cast(Tensor | None, shell.get_submodule(name).bias)
-        shell.set_submodule(name, CompressedLinear(stored, bias))
+        shell.set_submodule(name, CompressedLinear(stored, bias).settle())
     source.load_module(shell, "", dtype)
     shell.tie_weights()
     return shell

@@ -14,6 +14,8 @@ from torch import Tensor
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
 from fewbits.formats.packing import pack, unpack
+from fewbits.kernels import dispatch
+from fewbits.kernels.layout import vectors
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,17 @@ class Additive(Term, kind="additive"):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         values = decode_additive(self.unpacked_codes(), self.codebooks.float(), self.columns)
         return (values if self.scales is None else values * self.scales.float()).to(dtype)
+
+    def matmul(self, inputs: Tensor) -> Tensor:
+        described = vectors(self.codes, self.codebooks, self.scales, (self.rows, self.columns))
+        found = dispatch.multiply(described, inputs)
+        return super().matmul(inputs) if found is None else found
+
+    def matmul_transposed(self, inputs: Tensor) -> Tensor:
+        """`inputs [..., rows] @ decode()`."""
+        described = vectors(self.codes, self.codebooks, self.scales, (self.columns, self.rows), transposed=True)
+        found = dispatch.multiply(described, inputs)
+        return super().matmul_transposed(inputs) if found is None else found
 
 
 def index_bits(entries: int) -> int:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.core.tensor import Term
+from fewbits.formats.coded import Coded, describe_numbers
 from fewbits.formats.packing import pack, unpack
+from fewbits.kernels.layout import ABSENT, Description, coded, signs
 
 
 @dataclass(frozen=True, eq=False)
-class Binary(Term, kind="binary"):
+class Binary(Coded, kind="binary"):
     """Packed sign bits `[rows, bytes]` (1 is plus), scales and offsets, both `[rows or 1, groups]` or None.
 
     No scales: the values are -1 and 1; no offsets: the levels lie around zero. Made by `from_signs`.
@@ -62,7 +63,13 @@ class Binary(Term, kind="binary"):
         """float32 `[rows, columns]`: -1 and 1."""
         return unpack(self.signs, 1, self.columns).float() * 2 - 1
 
-    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def described(self) -> Description | None:
+        scales, offsets = describe_numbers(self.scales), signs(self.offsets)
+        if scales is None or offsets is None or not self.columns:
+            return None
+        return coded((self.rows, self.columns, 1, self.group_size), self.signs, ABSENT, scales, offsets)
+
+    def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
         values = self.unpacked_signs()
         if self.scales is not None:
             values = values * spread_groups(self.scales.float(), self.group_size, self.columns)

@@ -24,6 +24,12 @@ class Transposed(Term, kind="transposed"):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.inner.decode(dtype).T
 
+    def matmul(self, inputs: Tensor) -> Tensor:
+        return self.inner.matmul_transposed(inputs)
+
+    def matmul_transposed(self, inputs: Tensor) -> Tensor:
+        return self.inner.matmul(inputs)
+
     def stacked(self, below: Term) -> Term | None:
         joined = self.inner.widened(below.inner) if isinstance(below, Transposed) else None
         return None if joined is None else Transposed(joined)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.kernels import native
-from fewbits.kernels.layout import Description, has_codes
+from fewbits.kernels.layout import Description, entries, has_codes
 
 FEW_VECTORS = 32  # up to which codes are read as they are; above, a matrix product on decoded weights is faster
+_SPARSE_VECTORS = 256  # that sparse rows are multiplied with at once
+_SPARSE_SHARE = 64  # one entry in so many is few enough for sparse rows to be faster than decoded ones
 _TILE_BYTES = 16 * 2**20  # of decoded weights that are in memory at once
 
 counts: Counter[str] = Counter()  # how often each path computed in this process: "multiply", "decode", "definition"
@@ -28,9 +30,13 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
         return None
     if inputs.shape[-1] != matrix.layout[1]:
         return None  # the definition says what is wrong
+    plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
+    function = _multiply if plain else _multiply_op
     if inputs.numel() <= FEW_VECTORS * inputs.shape[-1]:
-        plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
-        return _multiply(inputs, matrix.tensors, matrix.layout) if plain else _multiply_op(inputs, matrix.tensors, matrix.layout)
+        return function(inputs, matrix.tensors, matrix.layout)
+    if _SPARSE_SHARE * entries(matrix) < matrix.layout[0] * matrix.layout[1]:
+        some = inputs.reshape(-1, inputs.shape[-1]).split(_SPARSE_VECTORS)
+        return torch.cat([function(part, matrix.tensors, matrix.layout) for part in some]).unflatten(0, inputs.shape[:-1])
     if not has_codes(matrix):
         counts["definition"] += 1
         return None

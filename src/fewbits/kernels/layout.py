@@ -1,7 +1,8 @@
 """How a matrix of packed codes is described to the kernels: its tensors in order, and a list of sizes that says what they are.
 
-value = (code - zero) * scale, or levels[code] * scale; scales and zero points lie `[rows or 1, groups]`, levels
-`[rows or 1, (groups or 1) * 2**bits]`. The order is that of `read_coded` in csrc/bindings.cpp, which checks every size.
+value = (code - zero) * scale, levels[code] * scale, or (2 code - 1) * scale + offset; scales, zero points and offsets lie
+`[rows or 1, groups]`, levels `[rows or 1, (groups or 1) * 2**bits]`. The order is that of `read_coded` in csrc/bindings.cpp, which
+checks every size.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from fewbits.kernels.native import number
 
-_NONE, _DENSE, _PACKED, _CODED, _TABLE = range(5)
-_PLAIN, _SPARSE = 1, 2  # forms of matrices without codes, whose width is given as 0 bits
+_NONE, _DENSE, _PACKED, _CODED, _TABLE, _SIGNS = range(6)
+_PLAIN, _SPARSE, _VECTORS = 1, 2, 3  # forms of other matrices, whose width is given as 0 bits
+_UNITS = (4, 8, 16)  # numbers of a codeword that kernels know
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,14 @@ def nested(matrix: Description) -> Description:
 ABSENT = Description((), (_NONE,))
 
 
+def signs(offsets: Tensor | None) -> Description | None:
+    """In the place of zero points: codes of one bit are -1 and 1, and offsets are added to what they are scaled to."""
+    if offsets is None:
+        return Description((), (_SIGNS, 0))
+    found = dense(offsets)
+    return None if found is None else Description(found.tensors, (_SIGNS, 1, *found.layout[1:]))
+
+
 def coded(sizes: tuple[int, int, int, int], codes: Tensor, levels: Description, scales: Description, zeros: Description) -> Description:
     """A matrix of `sizes` rows, columns, bits of a code and columns of a group."""
     parts = (levels, scales, zeros)
@@ -68,6 +78,25 @@ def sparse(values: Tensor, indices: Tensor, pointers: Tensor, columns: int) -> D
     return None if kind is None else Description((values, indices, pointers), (*sizes, kind, indices.element_size(), values.numel()))
 
 
+def vectors(codes: Tensor, books: Tensor, scales: Tensor | None, shape: tuple[int, int], transposed: bool = False) -> Description | None:
+    """A matrix of `shape` whose codes stand for codewords `books [count, entries, unit]` along its rows, or down its columns where
+    `transposed`; one scale for each row of codes. None where kernels do not read them.
+    """
+    count, entries, unit = books.shape
+    width = max(1, (entries - 1).bit_length())
+    kind, scaled = number(books.dtype), ABSENT if scales is None else dense(scales)
+    if kind is None or scaled is None or unit not in _UNITS or width > 16:
+        return None
+    return Description(
+        (codes, books, *scaled.tensors), (*shape, 0, _VECTORS, kind, unit, count, width, entries, int(transposed), *scaled.layout)
+    )
+
+
 def has_codes(matrix: Description) -> bool:
-    """Whether a matrix is one of codes, which can also be decoded."""
+    """Whether a matrix is one of codes of single numbers, which can also be decoded."""
     return matrix.layout[2] != 0
+
+
+def entries(matrix: Description) -> int:
+    """How many numbers a matrix stores: those of compressed sparse rows, or all."""
+    return matrix.layout[-1] if matrix.layout[2:4] == (0, _SPARSE) else matrix.layout[0] * matrix.layout[1]

@@ -19,6 +19,7 @@ except ImportError:
     _extension = None
 
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512vnni")  # every name that FEWBITS_FORCE_ISA may hold
+_LARGE = 4 * 2**20  # bytes of a tensor that has whole large pages, of 2 MiB, in it
 _NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -106,6 +107,17 @@ def read_pass(tensor: Tensor) -> int:
     """Reads every byte of a contiguous tensor, as fast as memory gives them."""
     assert _extension is not None
     return int(_extension.read_pass(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads()))
+
+
+def in_large_pages(tensor: Tensor) -> Tensor:
+    """A copy in memory of large pages, which kernels read faster than small ones or a mapped file's; small tensors, and those that
+    are not on the CPU or where no kernel was built, as they are.
+    """
+    if _extension is None or tensor.device.type != "cpu" or tensor.nbytes < _LARGE:
+        return tensor
+    copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    _extension.prefer_large_pages(copy.data_ptr(), copy.nbytes)
+    return copy.copy_(tensor)
 
 
 def _buffers(tensors: Sequence[Tensor]) -> list[int]:

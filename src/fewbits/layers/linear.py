@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.core.tensor import CompressedTensor, Part, from_stored
+from fewbits.kernels.native import in_large_pages
 
 _SEPARATOR = "__"  # buffer names may not contain dots
 Stored = TypeVar("Stored", bound=Part)
@@ -56,6 +57,12 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
             tensors = {".".join(name.split(_SEPARATOR)): tensor for name, tensor in buffers.items()}
             self._remember(cast(Stored, from_stored(self.settings, tensors)))
         return self._stored[0]
+
+    def settle(self) -> Self:
+        """Moves what was read from a file into memory that kernels read fast, large tensors one at a time; no value changes."""
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            setattr(self, name, in_large_pages(buffer))
+        return self
 
     @property
     @abstractmethod

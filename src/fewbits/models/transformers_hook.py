@@ -43,3 +43,9 @@ class FewbitsQuantizer(HfQuantizer):
                 raise InputError(f"the model has no layer {name!r}, which the folder says is compressed")
             model.set_submodule(here, CompressedLinear.empty(settings, modules[here].bias))  # type: ignore[arg-type]
         return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for module in model.modules():
+            if isinstance(module, CompressedLinear):
+                module.settle()
+        return model

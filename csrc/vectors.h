@@ -1,0 +1,205 @@
+// Matrices of codewords: a code stands for `unit` neighbouring numbers, and each group of them is the sum of one codeword of each
+// codebook. Codewords run along a row, or, transposed, down a column.
+#pragma once
+#include <utility>
+
+#include "grid.h"
+
+namespace fewbits {
+namespace FEWBITS_ISA {
+namespace vectors {
+
+constexpr int64_t tile = tile_vectors;  // input vectors that share a codeword once it is read
+
+static inline int64_t groups(const Coded& w) { return ceiling(w.transposed ? w.rows : w.columns, w.unit); }
+static inline int64_t code_rows(const Coded& w) { return w.transposed ? w.columns : w.rows; }
+static inline int64_t input_floats(const Coded& w) { return w.transposed ? rounded_up(w.columns, lanes) : rounded_up(groups(w) * w.unit, lanes); }
+static inline int64_t book_floats(const Coded& w) { return w.entries * w.unit; }
+static inline int64_t padded_vectors(int64_t count) { return count == 1 ? 1 : rounded_up(count, tile); }
+
+// Inputs, one vector after the other, then the codebooks as floats unless they are.
+static int64_t prepared_floats(const Product& product) {
+  const Coded& w = *product.matrix;
+  return padded_vectors(product.vectors) * input_floats(w) + (w.number == Number::f32 ? 0 : w.books * book_floats(w));
+}
+
+static const float* find_books(const Product& product, const float* prepared) {
+  const Coded& w = *product.matrix;
+  return w.number == Number::f32 ? static_cast<const float*>(w.indices) : prepared + padded_vectors(product.vectors) * input_floats(w);
+}
+
+static void prepare(const Product& product, int64_t vector, float* room) {
+  const Coded& w = *product.matrix;
+  const int64_t there = vector < product.vectors ? w.columns : 0, all = input_floats(w);
+  if (vector == 0 && w.number != Number::f32) {
+    read_numbers(w.indices, 0, w.number, w.books * book_floats(w), room + padded_vectors(product.vectors) * all);
+  }
+  float* to = room + vector * all;
+  read_numbers(product.inputs, vector * w.columns, product.number, there, to);
+  for (int64_t c = there; c < all; ++c) to[c] = 0.0f;
+  if (w.transposed && w.scales.kind != Values::none) for (int64_t c = 0; c < there; ++c) to[c] *= number_at(w.scales.data, c, w.scales.number);
+}
+
+// Codes at a time are those of a row, or of the groups that a thread has; transposed, the outputs of a tile are in the scratch too.
+static int64_t scratch_floats(const Coded& w) { return groups(w) * w.books + (w.transposed ? tile * groups(w) * w.unit : 0) + 16; }
+
+// One code that begins at a bit of a row; no byte from `end` on is read.
+static inline uint32_t code_at(const uint8_t* row, uint64_t bit, int bits, const uint8_t* end) {
+  const uint8_t* from = row + bit / 8;
+  uint32_t word = 0;
+  std::memcpy(&word, from, from + 4 <= end ? 4 : static_cast<size_t>(end - from));
+  return word >> (bit % 8) & ((uint32_t{1} << bits) - 1);
+}
+
+// Eight codes are as many bytes as a code has bits.
+template <int Bits, int... Place>
+static inline void unpack_eight(const uint8_t* from, uint32_t* out, std::integer_sequence<int, Place...>) {
+  uint32_t words[8];
+  (std::memcpy(&words[Place], from + Place * Bits / 8, 4), ...);
+  ((out[Place] = words[Place] >> (Place * Bits % 8) & ((uint32_t{1} << Bits) - 1)), ...);
+}
+
+template <int Bits>
+static void unpack_wide(const uint8_t* row, uint64_t from, uint64_t to, const uint8_t* end, uint32_t* out) {
+  if constexpr (Bits == 8) {  // whole bytes, many in one instruction
+    for (uint64_t i = from; i < to; ++i) out[i - from] = row[i];
+    return;
+  }
+  for (; from < to && from % 8 != 0; ++from) *out++ = code_at(row, from * Bits, Bits, end);
+  for (; from + 8 <= to && row + from / 8 * Bits + Bits + 4 <= end; from += 8, out += 8) {
+    unpack_eight<Bits>(row + from / 8 * Bits, out, std::make_integer_sequence<int, 8>{});
+  }
+  for (; from < to; ++from) *out++ = code_at(row, from * Bits, Bits, end);
+}
+
+using Unpack = void (*)(const uint8_t* row, uint64_t from, uint64_t to, const uint8_t* end, uint32_t* out);
+
+template <int... Before>
+static constexpr Unpack find_unpack(int bits, std::integer_sequence<int, Before...>) {
+  constexpr Unpack found[] = {unpack_wide<Before + 1>...};
+  return found[bits - 1];
+}
+
+// Codes `from` to `from + count` of a row as numbers. Returns whether each of them has a codeword.
+static bool unpack_codes(const Coded& w, int64_t row, int64_t from, int64_t count, uint32_t* out) {
+  const auto unpack = find_unpack(w.bits, std::make_integer_sequence<int, 16>{});
+  unpack(w.codes + row * w.row_bytes, static_cast<uint64_t>(from), static_cast<uint64_t>(from + count), w.codes + w.code_bytes, out);
+  if (w.entries == int64_t{1} << w.bits) return true;
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = out[i] > largest ? out[i] : largest;
+  return largest < w.entries;
+}
+
+template <int Unit>
+struct Word {
+  typedef float Type __attribute__((vector_size(Unit * 4)));
+  static inline Type read(const float* from) {
+    Type word;
+    std::memcpy(&word, from, Unit * 4);
+    return word;
+  }
+  static inline void write(float* to, const Type& word) { std::memcpy(to, &word, Unit * 4); }
+};
+
+// The sum of a group's codewords; Books of 0 are as many as `w` says.
+template <int Unit, int Books>
+static inline typename Word<Unit>::Type find_group(const Coded& w, const float* books, const uint32_t* codes) {
+  typename Word<Unit>::Type found = Word<Unit>::read(books + codes[0] * Unit);
+  const int64_t count = Books == 0 ? w.books : Books;
+  for (int64_t book = 1; book < count; ++book) found += Word<Unit>::read(books + book * book_floats(w) + codes[book] * Unit);
+  return found;
+}
+
+template <int Unit, int Books, int Vectors>
+static void multiply_row(const Coded& w, const float* books, const uint32_t* codes, const float* inputs, float* sums) {
+  using Sum = typename Word<Unit>::Type;
+  constexpr int sets = Vectors == 1 ? 4 : 1;  // sums that do not wait for each other
+  const int64_t count = groups(w), step = Books == 0 ? w.books : Books, stride = input_floats(w);
+  Sum found[sets][Vectors] = {};
+  int64_t group = 0;
+  for (; group + sets <= count; group += sets) {
+    for (int s = 0; s < sets; ++s) {
+      const Sum weights = find_group<Unit, Books>(w, books, codes + (group + s) * step);
+      for (int v = 0; v < Vectors; ++v) found[s][v] += weights * Word<Unit>::read(inputs + v * stride + (group + s) * Unit);
+    }
+  }
+  for (; group < count; ++group) {
+    const Sum weights = find_group<Unit, Books>(w, books, codes + group * step);
+    for (int v = 0; v < Vectors; ++v) found[0][v] += weights * Word<Unit>::read(inputs + v * stride + group * Unit);
+  }
+  for (int v = 0; v < Vectors; ++v) {
+    for (int s = 1; s < sets; ++s) found[0][v] += found[s][v];
+    float total = 0.0f;
+    for (int i = 0; i < Unit; ++i) total += found[0][v][i];
+    sums[v] = total;
+  }
+}
+
+template <int Unit, int Books>
+static void multiply_rows(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  const Coded& w = *product.matrix;
+  const float* books = find_books(product, prepared);
+  uint32_t* codes = reinterpret_cast<uint32_t*>(scratch);
+  for (int64_t row = first; row < last; ++row) {
+    if (!unpack_codes(w, row, 0, groups(w) * w.books, codes)) return product.broken->store(true);
+    const float scale = w.scales.kind == Values::none ? 1.0f : number_at(w.scales.data, row, w.scales.number);
+    for (int64_t v = 0; v < product.vectors; v += tile) {
+      float sums[tile];
+      const float* inputs = prepared + v * input_floats(w);
+      if (product.vectors == 1) multiply_row<Unit, Books, 1>(w, books, codes, inputs, sums);
+      else multiply_row<Unit, Books, tile>(w, books, codes, inputs, sums);
+      for (int64_t i = 0; i < least(tile, product.vectors - v); ++i) put_number(product.outputs, (v + i) * w.rows + row, product.number, sums[i] * scale);
+    }
+  }
+}
+
+// Outputs first to last, a multiple of the unit: each column's codewords times its input are added to them.
+template <int Unit, int Books, int Vectors>
+static void add_columns(const Product& product, const float* prepared, int64_t vector, int64_t first, int64_t last, float* scratch) {
+  const Coded& w = *product.matrix;
+  const float* books = find_books(product, prepared);
+  const int64_t from = first / Unit, count = ceiling(last, Unit) - from, step = Books == 0 ? w.books : Books, stride = input_floats(w);
+  uint32_t* codes = reinterpret_cast<uint32_t*>(scratch);
+  float* sums = scratch + groups(w) * w.books;
+  for (int64_t i = 0; i < Vectors * count * Unit; ++i) sums[i] = 0.0f;
+  for (int64_t column = 0; column < w.columns; ++column) {
+    if (!unpack_codes(w, column, from * step, count * step, codes)) return product.broken->store(true);
+    __builtin_prefetch(w.codes + least(column + 8, w.columns - 1) * w.row_bytes + from * step * w.bits / 8, 0, 2);
+    float input[Vectors];
+    for (int v = 0; v < Vectors; ++v) input[v] = prepared[(vector + v) * stride + column];
+    for (int64_t group = 0; group < count; ++group) {
+      const auto weights = find_group<Unit, Books>(w, books, codes + group * step);
+      for (int v = 0; v < Vectors; ++v) {
+        float* to = sums + (v * count + group) * Unit;
+        Word<Unit>::write(to, Word<Unit>::read(to) + weights * input[v]);
+      }
+    }
+  }
+  for (int64_t v = 0; v < least(Vectors, product.vectors - vector); ++v) {
+    for (int64_t row = first; row < last; ++row) put_number(product.outputs, (vector + v) * w.rows + row, product.number, sums[v * count * Unit + row - first]);
+  }
+}
+
+template <int Unit, int Books>
+static void multiply_some(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  if (!product.matrix->transposed) return multiply_rows<Unit, Books>(product, prepared, first, last, scratch);
+  if (product.vectors == 1) return add_columns<Unit, Books, 1>(product, prepared, 0, first, last, scratch);
+  for (int64_t v = 0; v < product.vectors; v += tile) add_columns<Unit, Books, tile>(product, prepared, v, first, last, scratch);
+}
+
+template <int Unit>
+static void multiply_unit(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  if (product.matrix->books == 1) return multiply_some<Unit, 1>(product, prepared, first, last, scratch);
+  if (product.matrix->books == 2) return multiply_some<Unit, 2>(product, prepared, first, last, scratch);
+  multiply_some<Unit, 0>(product, prepared, first, last, scratch);
+}
+
+static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  if (product.matrix->unit == 4) return multiply_unit<4>(product, prepared, first, last, scratch);
+  if (product.matrix->unit == 8) return multiply_unit<8>(product, prepared, first, last, scratch);
+  multiply_unit<16>(product, prepared, first, last, scratch);
+}
+
+}  // namespace vectors
+}  // namespace FEWBITS_ISA
+}  // namespace fewbits

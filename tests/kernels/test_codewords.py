@@ -1,0 +1,94 @@
+"""Products of signs and of codewords as they are stored, on every instruction set, against the torch definition in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewbits.formats.additive import Additive
+from fewbits.formats.binary import Binary
+from fewbits.formats.transposed import Transposed
+from fewbits.kernels import dispatch, native
+
+LIMIT = 1e-6  # of the sum of |input * weight|: what sums of float32 products may be off by
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+
+
+def assert_agrees(term, inputs) -> None:
+    before = dispatch.counts["multiply"]
+    found = term.matmul(inputs)
+    assert dispatch.counts["multiply"] == before + 1 and found.dtype == inputs.dtype
+    weight = term.decode(torch.float32).double()
+    rounding = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-10}[inputs.dtype]
+    # Signs are computed as offset + scale * 2 * (code - 1/2): errors are relative to both parts.
+    reach = inputs.double().abs() @ weight.abs().amax(1, keepdim=True).expand_as(weight).T
+    error = (found.double() - inputs.double() @ weight.T).abs()
+    assert bool((error <= (LIMIT + rounding) * reach + 1e-7).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("parts", ["signs", "scales", "offsets"])
+@pytest.mark.parametrize(("rows", "columns", "group_size"), [(9, 37, None), (33, 640, 128), (5, 1100, 100), (16, 256, 8)])
+def test_signs_agree_and_are_decoded_bit_for_bit(isa, dtype, parts, rows, columns, group_size):
+    generator = torch.Generator().manual_seed(columns)
+    groups = -(-columns // (group_size or columns))
+    scales = None if parts == "signs" else (torch.rand(rows, groups, generator=generator) + 0.1).to(dtype)
+    offsets = (torch.randn(rows, groups, generator=generator) * 0.1).to(dtype) if parts == "offsets" else None
+    term = Binary.from_signs(torch.randn(rows, columns, generator=generator), scales, offsets, group_size=group_size)
+    assert torch.equal(term.decode(), term.define())
+    for vectors in (1, 3, 9):
+        assert_agrees(term, torch.randn(vectors, columns, generator=generator))
+    assert_agrees(term, torch.randn(2, columns, generator=generator).bfloat16())
+
+
+@pytest.mark.parametrize("unit", [4, 8, 16])
+@pytest.mark.parametrize(("books", "entries"), [(1, 256), (2, 256), (1, 4096), (3, 61), (1, 65536), (1, 2)])
+def test_codewords_along_rows_and_columns_agree(isa, unit, books, entries):
+    generator = torch.Generator().manual_seed(unit + entries)
+    for rows, columns, scaled in ((9, 64, True), (33, 37 * unit - 3, False)):
+        codes = torch.randint(entries, (rows, -(-columns // unit), books), generator=generator)
+        scales = torch.rand(rows, 1, generator=generator) if scaled else None
+        term = Additive.from_codes(codes, torch.randn(books, entries, unit, generator=generator).half(), scales, columns=columns)
+        for one in (term, Transposed(term), Transposed(Transposed(term))):
+            for vectors in (1, 5):
+                assert_agrees(one, torch.randn(vectors, one.shape[1], generator=generator))
+
+
+@given(st.integers(1, 70), st.integers(1, 90), st.sampled_from([4, 8, 16]), st.integers(1, 16), st.integers(1, 3), st.booleans())
+def test_codewords_of_any_shape_agree(rows, columns, unit, bits, books, transposed):
+    generator = torch.Generator().manual_seed(rows * columns)
+    codes = torch.randint(2**bits, (rows, -(-columns // unit), books), generator=generator)
+    codebooks = torch.randn(books, 2**bits, unit, generator=generator)
+    term = Additive.from_codes(codes, codebooks.to(torch.bfloat16 if books == 2 else torch.float32), columns=columns)
+    one = Transposed(term) if transposed else term
+    assert one.matmul(torch.randn(1, one.shape[1])).shape == (1, one.shape[0])
+    assert_agrees(one, torch.randn(2, one.shape[1], generator=generator))
+
+
+def test_a_code_without_a_codeword_is_refused(isa):
+    term = Additive.from_codes(torch.zeros(6, 5, 1, dtype=torch.long), torch.randn(1, 5, 8))
+    codes = term.codes.clone()
+    codes[3, 1] = 255
+    broken = Additive(codes, term.codebooks, None, 6, 40)
+    for one in (broken, Transposed(broken)):
+        with pytest.raises(ValueError, match="a code has no codeword"):
+            one.matmul(torch.randn(1, one.shape[1]))
+
+
+def test_codewords_of_other_sizes_take_the_definition(isa):
+    term = Additive.from_codes(torch.randint(7, (6, 5, 1)), torch.randn(1, 7, 6))
+    before = dispatch.counts["multiply"]
+    inputs = torch.randn(2, 30)
+    assert torch.equal(term.matmul(inputs), inputs @ term.decode().T) and dispatch.counts["multiply"] == before
+
+
+def test_results_do_not_depend_on_the_number_of_threads(isa):
+    generator = torch.Generator().manual_seed(3)
+    term = Additive.from_codes(torch.randint(256, (256, 32, 2), generator=generator), torch.randn(2, 256, 8, generator=generator))
+    inputs, threads = torch.randn(1, 256, generator=generator), torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.append((term.matmul(inputs), Transposed(term).matmul(inputs)))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(one, two) for pair in found for one, two in zip(pair, found[0], strict=True))
