@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test check format tables docs new
+.PHONY: setup quickstart test check check-native format tables docs new
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
@@ -26,6 +26,9 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/tables.py --check
 	$(BIN)/mkdocs build -q --strict
+
+check-native: setup  # the kernels with sanitizers, minutes
+	$(BIN)/python scripts/check_native.py
 
 format: setup
 	$(BIN)/ruff format .
