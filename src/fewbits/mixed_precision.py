@@ -107,9 +107,9 @@ def allocate(
     solve = SOLVERS[request.solver] if allocator is None else allocator.allocate
     chosen = spread(solve(problem, _budget_bits(request.budget, source, trials)), grouped)
     plan = make_plan(chosen, choices, request.keep)
-    runs = _Runs(model, work, calibration, options, request.keep)
+    runs = Runs(model, work, calibration, options, request.keep)
     mixed = runs.compressed(plan)
-    check = _check(runs, mixed, choices, trials, heldout)
+    check = beside_uniform(runs, mixed, choices, trials, heldout)
     results = _results(problem, trials, chosen, grouped) | {"check": check, "compressed": read_record(mixed)["results"]}
     if allocator is None:
         results["frontier"] = [list(point) for point in frontier(problem, solve)]
@@ -142,6 +142,8 @@ def _parse_budget(budget: float | str | None, allocator: AllocationMethod | None
         raise InputError("a budget is needed; bits a weight such as 3.25bpw, or bytes of the file such as 500MB, would be right")
     found = _PER_WEIGHT.fullmatch(str(budget))
     if found is not None:
+        if float(found[1]) > 32:
+            raise InputError(f"a budget of {budget} bits a weight is too much; bytes are said as {found[1]}B, or as 500MB")
         return float(found[1]), True
     try:
         return float(memory_in_bytes(budget if isinstance(budget, str) else str(budget))), False
@@ -160,7 +162,7 @@ def _budget_bits(budget: float | str | None, source: ModelSource, trials: Mappin
 
 
 @dataclass(frozen=True)
-class _Runs:
+class Runs:
     """Compressed folders by the plan they were made with, each made once."""
 
     model: str | Path
@@ -180,7 +182,9 @@ class _Runs:
         return folder
 
 
-def _check(runs: _Runs, mixed: Path, choices: list[LayerMethod], trials: Mapping[str, LayerTrial], heldout: TextSample) -> dict[str, Any]:
+def beside_uniform(
+    runs: Runs, mixed: Path, choices: list[LayerMethod], trials: Mapping[str, LayerTrial], heldout: TextSample
+) -> dict[str, Any]:
     """Both models on the same held-out tokens, and what may be said of their difference."""
     spent, weights = _stored_bits(mixed), sum(trial.weights for trial in trials.values())
     option, uniform = _uniform(runs, choices, trials, spent)
@@ -203,7 +207,7 @@ def _check(runs: _Runs, mixed: Path, choices: list[LayerMethod], trials: Mapping
     }
 
 
-def _uniform(runs: _Runs, choices: list[LayerMethod], trials: Mapping[str, LayerTrial], spent: int) -> tuple[LayerMethod, Path]:
+def _uniform(runs: Runs, choices: list[LayerMethod], trials: Mapping[str, LayerTrial], spent: int) -> tuple[LayerMethod, Path]:
     """A method for all layers and its folder, of at least `spent` bits where groups can be made small enough for that."""
     for tried, option in enumerate(uniform_candidates(choices, trials, spent)):
         folder = runs.uniform(option)
