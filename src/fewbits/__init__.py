@@ -7,6 +7,7 @@ from fewbits.core.tensor import CompressedTensor, Term, Transform
 from fewbits.data.text import TextSample
 from fewbits.export.resize import resize
 from fewbits.layers import parts as _parts  # noqa: F401 - makes what a folder holds known
+from fewbits.mixed_precision import allocate
 from fewbits.models import transformers_hook as _transformers_hook  # noqa: F401 - registers the folder format
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Term",
     "TextSample",
     "Transform",
+    "allocate",
     "compare",
     "compress",
     "evaluate",

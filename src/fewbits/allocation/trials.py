@@ -17,9 +17,10 @@ from fewbits.core.errors import InputError
 from fewbits.core.method import Accumulator, LayerMethod, Statistics
 from fewbits.models.adapter import Adapter, weight_matrix
 from fewbits.models.source import ModelSource
+from fewbits.pipeline.dense_pass import DensePass
 from fewbits.pipeline.entries import checked_linears, layer_entry, second_moment
-from fewbits.pipeline.feed import Feed, StreamOptions, finite
-from fewbits.pipeline.gather import assume_nothing, gather_inputs
+from fewbits.pipeline.feed import StreamOptions
+from fewbits.pipeline.gather import assume_nothing
 from fewbits.pipeline.gradients import gather_sensitivities
 from fewbits.pipeline.memory import return_freed_memory
 from fewbits.pipeline.plan import Plan
@@ -65,34 +66,37 @@ def try_options(
     plan = Plan(options[0], settings.keep, tuple((str(index), option) for index, option in enumerate(options)))
     store = Store(work, run_settings(source, plan, windows, mask, stream) | {"trials": asdict(settings)})
     with torch.no_grad():
-        return _Trials(source, options, Feed(source, source.shell(), windows, mask, stream), store, settings).run(plan)
+        return _Trials(source, options, DensePass(source, windows, mask, work / "dense", stream), store, settings).run(plan)
 
 
 class _Trials:
-    """One pass through the dense blocks."""
+    """Block after block; a block's trials are a function of its weights and of what its layers read in the dense model."""
 
-    def __init__(self, source: ModelSource, options: Sequence[LayerMethod], feed: Feed, store: Store, settings: TrialSettings) -> None:
-        self.source, self.options, self.feed, self.store, self.settings = source, options, feed, store, settings
-        self.adapter = Adapter(feed.shell)
+    def __init__(
+        self, source: ModelSource, options: Sequence[LayerMethod], dense: DensePass, store: Store, settings: TrialSettings
+    ) -> None:
+        self.source, self.options, self.dense, self.store, self.settings = source, options, dense, store, settings
+        self.needs: set[type[Accumulator]] = {Hessian, *(need for option in options for need in option.needs)}
+        self.shell = source.shell()
+        self.adapter = Adapter(self.shell)
 
     def run(self, plan: Plan) -> dict[str, LayerTrial]:
-        done, blocks = self.store.finished(), self.feed.blocks
+        done, blocks = self.store.finished(), self.adapter.blocks
         names = [name for block in blocks for name in self.adapter.linears(block) if plan.keeps(name) is None]
         if not names:
             raise InputError(f"the patterns {list(plan.keep)} keep every layer dense; fewer patterns would be right")
         if done < len(blocks):
-            measured = self.feed.windows[: self.settings.windows]
-            mask = None if self.feed.mask is None else self.feed.mask[: self.settings.windows]
+            measured = self.dense.windows[: self.settings.windows]
+            mask = None if self.dense.mask is None else self.dense.mask[: self.settings.windows]
             sensitivity = SENSITIVITIES[self.settings.sensitivity](self.source, names, measured, mask, self.store)
             self._gather_gradients(names)
-            hidden = self.feed.keep(self.store, 0, self.feed.first_inputs())
-            hidden = self.feed.kept(self.store, done) if done else hidden
-            began = time.monotonic()
+            self.dense.gather(self.needs)
+            began, progress = time.monotonic(), self.dense.options.progress
             for index in range(done, len(blocks)):
-                hidden = self._try_block(index, plan, sensitivity, hidden)
+                self._try_block(index, plan, sensitivity)
                 left = (time.monotonic() - began) / (index - done + 1) * (len(blocks) - index - 1)
-                if self.feed.options.progress is not None:
-                    self.feed.options.progress(index, len(blocks), f"trials of {blocks[index]}", 0.0, left)
+                if progress is not None:
+                    progress(index, len(blocks), f"trials of {blocks[index]}", 0.0, left)
         described = {name: one for index in range(len(blocks)) for name, one in self.store.manifest(index)["trials"].items()}
         return {name: LayerTrial(**described[name] | {key: tuple(described[name][key]) for key in ("sizes", "losses")}) for name in names}
 
@@ -100,16 +104,15 @@ class _Trials:
         for index, option in enumerate(self.options):
             if option.uses_gradients and not self.store.has_state(_gradients(index)):
                 with torch.enable_grad():
-                    found = gather_sensitivities(self.source, dict.fromkeys(names, option), self.feed.windows)
+                    found = gather_sensitivities(self.source, dict.fromkeys(names, option), self.dense.windows)
                 self.store.write_state(_gradients(index), found)
 
-    def _try_block(self, index: int, plan: Plan, sensitivity: Sensitivity, hidden: Tensor) -> Tensor:
-        """The block's trials go to the store, which then counts it as done; returns the next block's inputs."""
-        name = self.feed.blocks[index]
-        self.source.load_module(self.feed.shell, name, self.feed.options.dtype)
+    def _try_block(self, index: int, plan: Plan, sensitivity: Sensitivity) -> None:
+        """The block's trials go to the store, which then counts it as done."""
+        name = self.adapter.blocks[index]
+        self.source.load_module(self.shell, name, self.dense.options.dtype)
         linears = checked_linears(self.adapter, name, plan)
-        needs: set[type[Accumulator]] = {Hessian, *(need for option in self.options for need in option.needs)}
-        outputs, gathered = gather_inputs(self.feed, [name], linears, needs, hidden, keep=True)
+        gathered = self.dense.statistics(index, self.needs, linears)
         trials: dict[str, Any] = {}
         for group in list(gathered):
             statistics = gathered.pop(group)  # a group's statistics go as soon as it is solved
@@ -120,13 +123,8 @@ class _Trials:
                 weight = weight_matrix(linears[layer])
                 trials[layer] = asdict(LayerTrial(name, fused_name(name, group, layer), weight.numel(), weight.shape[1], *rows))
             return_freed_memory()
-        if index + 1 < len(self.feed.blocks):
-            # The next inputs first: the block counts as done only when the run can go on from it.
-            hidden = self.feed.keep(self.store, index + 1, finite(name, outputs))
         self.store.write_block(index, {}, {"trials": {layer: trials[layer] for layer in linears}})
-        self.store.drop_activations(keep=index + 1)
-        self.feed.shell.set_submodule(name, nn.Identity())  # nothing of a finished block stays in memory
-        return hidden
+        self.shell.get_submodule(name).to("meta")  # nothing of a finished block stays in memory
 
     def _try_group(
         self, linears: Mapping[str, nn.Module], statistics: Statistics, sensitivity: Sensitivity
