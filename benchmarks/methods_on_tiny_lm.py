@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 MODEL = "builtin:tiny-lm"
 CURVE = [{"bits": bits, "group_size": size} for bits in (4, 3, 2) for size in (16, 32, 64, 128, 256)]
@@ -98,6 +99,22 @@ SETTINGS = {
         for change in ({}, {"steps": 0}, {"groups": 1, "steps": 0}, {"gradient": "default"}, {"mode": "scales"})
     ],
     "lq_lora": [{}, {"weighting": "none"}, {"iterations": 0, "weighting": "none"}, {"budget": 2.5}],
+    "layerwise": [
+        *({"budget": budget, "measure": measure} for budget in (4.0, 3.25, 2.75) for measure in ("lim", "zd")),
+        *({"budget": 3.25, "order": order} for order in ("reverse", "random")),
+        *({"budget": 3.25, "base": "gptq:group_size=64", "options": "4,2", "order": order} for order in ("importance", "reverse")),
+        {"budget": 3.6, "base": "gptq:group_size=64", "options": "4,3"},
+    ],
+    "cptquant": [
+        {},
+        {"measure": "pruning"},
+        {"measure": "correlation"},
+        *(
+            {"base": "rtn:group_size=none", "options": "8,4,2", "split": "percentile", "measure": measure} | change
+            for measure in ("perturbation", "pruning", "correlation")
+            for change in ({}, {"order": "reverse"})
+        ),
+    ],
     "apiq": [{}, {"adapter_rate": 0.0}, {"clip_rate": 0.0}, {"steps": 0}],
     "apiq_saliency": [{}, {"weight": 0.01}, {"weight": 0.01, "saliency": "none"}],
     "smoothquant": [{"bits": 8}, {"bits": 8, "granularity": "static"}],
@@ -129,17 +146,15 @@ KEPT = (
 def measure(name: str, settings: dict, sizes: dict, folder: Path) -> dict:
     """One row, in this process; `folder` keeps round-to-nearest's models for the paired comparison."""
     import fewbits
-    from fewbits.core.config import configure
+    from fewbits.core.allocation_method import AllocationMethod
     from fewbits.core.registry import get_method
-    from fewbits.pipeline.plan import Plan
 
     calibration = fewbits.TextSample("builtin:calibration", sizes["samples"], sizes["length"])
     heldout = fewbits.TextSample("builtin:heldout", sizes["windows"], sizes["length"])
     output = folder / f"{name}-{abs(hash(json.dumps(settings)))}"
     if name == "rtn":
         output = folder / f"rtn-{settings['bits']}-{settings['group_size']}"
-    method = configure(get_method(name), {key: value for key, value in settings.items() if key != "keep"})
-    plan = Plan(method, (settings["keep"],) if "keep" in settings else ())
+    plan = allocated(name, settings, calibration, folder) if issubclass(get_method(name), AllocationMethod) else planned(name, settings)
     made = fewbits.compress(MODEL, plan, output, calibration=calibration, probe=None)
     measured = fewbits.evaluate(output, reference=MODEL, text=heldout)
     row = {"settings": settings} | {key: made["results"][key] for key in ("bits_per_weight", "bits", "compressed_weights")}
@@ -149,6 +164,30 @@ def measure(name: str, settings: dict, sizes: dict, folder: Path) -> dict:
         paired = fewbits.evaluate(output, reference=plain, text=heldout)["results"]
         row |= {"delta_to_rtn": paired["delta_loss"], "delta_to_rtn_interval": paired["delta_loss_interval"]}
     return row | {key: measured[key] for key in ("versions", "machine")} | {"family": get_method(name).family()}
+
+
+def planned(name: str, settings: dict) -> Any:
+    """One method for all layers, but for those that are kept."""
+    from fewbits.core.config import configure
+    from fewbits.core.registry import get_method
+    from fewbits.pipeline.plan import Plan
+
+    method = configure(get_method(name), {key: value for key, value in settings.items() if key != "keep"})
+    return Plan(method, (settings["keep"],) if "keep" in settings else ())
+
+
+def allocated(name: str, settings: dict, calibration: Any, folder: Path) -> Any:
+    """What a method that allocates makes of its `base`, at `options` and within `budget`; the trials of a base are shared by the rows."""
+    from fewbits.mixed_precision import Request, share_out
+    from fewbits.models.source import open_model
+
+    fields = {key: value for key, value in settings.items() if key not in ("budget", "base", "options")}
+    spec = ":".join([name, ",".join(f"{key}={value}" for key, value in fields.items())]).rstrip(":")
+    bits = tuple(int(one) for one in settings["options"].split(",")) if "options" in settings else ()
+    source, base = open_model(MODEL), settings.get("base")
+    request = Request(settings.get("budget"), (spec, base) if base else (spec,), bits)
+    work = folder / f"trials-{name}-{base}-{settings.get('options')}".replace(":", "-")
+    return share_out(source, request, calibration.batch(source.tokenizer()), work).plan
 
 
 def _known(name: str, sizes: dict) -> dict[str, dict]:

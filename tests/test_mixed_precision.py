@@ -90,6 +90,8 @@ def test_a_stopped_run_goes_on_and_ends_in_the_same_recipe_and_file(small, tmp_p
     assert not any("trials" in what for what in seen)
     assert (tmp_path / "stopped" / "recipe.toml").read_bytes() == (tmp_path / "whole" / "recipe.toml").read_bytes()
     assert weights_file(tmp_path / "stopped") == weights_file(tmp_path / "whole")
+    (tmp_path / "stopped.work").mkdir()  # as if the run had been killed while it tidied up
+    assert allocate(small, request, tmp_path / "stopped", **texts)["results"]["layers"] and not (tmp_path / "stopped.work").exists()
     other = Request(4.6, GRID, bits=(2, 4), sensitivity="output")
     with pytest.raises(KeyboardInterrupt):
         allocate(small, request, tmp_path / "other", options=StreamOptions(progress=stop), **texts)

@@ -89,35 +89,77 @@ def allocate(
     `fresh`. Raises InputError for wrong input, such as a budget that nothing fits in, before the model is compressed.
     """
     output, began = Path(output), time.monotonic()
-    allocator, choices = read_options(request.methods, request.bits)
-    only_recipe = output.suffix == ".toml"
-    _check_output(output, only_recipe)
     source, work = open_model(model), output.with_name(output.name + ".work")
-    _parse_budget(request.budget, allocator)
+    described = json.loads(json.dumps(asdict(request) | {"calibration": asdict(calibration), "heldout": asdict(heldout)}))
+    if work.is_dir() and not fresh and (finished := _finished(output, str(model), described)) is not None:
+        shutil.rmtree(work)  # the run was stopped after its last file, while tidying up
+        return finished
+    _check_output(output)
+    _parse_budget(request.budget, read_options(request.methods, request.bits)[0])
     if fresh:
         shutil.rmtree(work, ignore_errors=True)
     text = calibration.batch(source.tokenizer())
     heldout.windows(source.tokenizer())
-    sensitivity: Kind = "output" if allocator is not None else request.sensitivity
-    settings = TrialSettings(sensitivity, request.windows, request.keep)
-    trials = try_options(source, choices, text, work / "trials", settings, options)
+    made = share_out(source, request, text, work / "trials", options)
+    runs = Runs(model, work, calibration, options, request.keep)
+    mixed = runs.compressed(made.plan)
+    check = beside_uniform(runs, mixed, list(made.choices), made.trials, heldout)
+    results = made.results() | {"check": check, "compressed": read_record(mixed)["results"]}
+    record = make_record("allocate", model, described | {"plan": made.plan.describe()}, results, began)
+    _finish(output, mixed, recipe_text(made.plan), record)
+    shutil.rmtree(work)
+    return record
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What was to be chosen between, what every choice takes and loses, and what was chosen for every layer."""
+
+    choices: tuple[LayerMethod, ...]
+    trials: Mapping[str, LayerTrial]
+    grouped: Mapping[str, tuple[str, ...]]
+    problem: AllocationProblem
+    chosen: Mapping[str, int]
+    plan: Plan
+    frontier: tuple[tuple[int, float], ...]  # (bits, loss foretold) of other budgets, where a solver shares them out
+
+    def results(self) -> dict[str, Any]:
+        """JSON-able."""
+        options = self.problem.options
+        layers = {
+            name: {"option": options[self.chosen[name]], "weights": trial.weights, "sizes": trial.sizes, "losses": trial.losses}
+            for name, trial in self.trials.items()
+        }
+        return {
+            "options": list(options),
+            "layers": layers,
+            "parts": {part: list(names) for part, names in self.grouped.items()},
+            "scores": dict(self.problem.scores),
+            "bits": sum(trial.sizes[self.chosen[name]] for name, trial in self.trials.items()),
+            "weights": sum(trial.weights for trial in self.trials.values()),
+            "expected_loss": sum(trial.losses[self.chosen[name]] for name, trial in self.trials.items()),
+            "frontier": [list(point) for point in self.frontier],
+        }
+
+
+def share_out(
+    source: ModelSource, request: Request, text: tuple[Tensor, Tensor | None], work: Path, stream: StreamOptions | None = None
+) -> Allocation:
+    """Try every option in every layer on `text`, windows and their mask, and choose; what is tried is kept in the folder `work`.
+
+    Raises InputError for wrong input or a budget that nothing fits in.
+    """
+    allocator, choices = read_options(request.methods, request.bits)
+    _parse_budget(request.budget, allocator)
+    sensitivity: Kind = "output" if allocator is not None else request.sensitivity  # an order of blocks asks for no losses
+    trials = try_options(source, choices, text, work, TrialSettings(sensitivity, request.windows, request.keep), stream)
     scores = {} if allocator is None else allocator.score(ModelProbe(source, text[0][: allocator.windows], text[1]))
     parts: Parts = "block" if allocator is not None else "fused" if request.tie else "layer"
     problem = state_problem([label(one) for one in choices], trials, grouped := group_layers(trials, parts), scores)
     solve = SOLVERS[request.solver] if allocator is None else allocator.allocate
     chosen = spread(solve(problem, _budget_bits(request.budget, source, trials)), grouped)
-    plan = make_plan(chosen, choices, request.keep)
-    runs = Runs(model, work, calibration, options, request.keep)
-    mixed = runs.compressed(plan)
-    check = beside_uniform(runs, mixed, choices, trials, heldout)
-    results = _results(problem, trials, chosen, grouped) | {"check": check, "compressed": read_record(mixed)["results"]}
-    if allocator is None:
-        results["frontier"] = [list(point) for point in frontier(problem, solve)]
-    described = asdict(request) | {"calibration": asdict(calibration), "heldout": asdict(heldout), "plan": plan.describe()}
-    record = make_record("allocate", model, described, results, began)
-    _finish(output, mixed, recipe_text(plan), record, only_recipe)
-    shutil.rmtree(work)
-    return record
+    points = frontier(problem, solve) if allocator is None else []
+    return Allocation(tuple(choices), trials, grouped, problem, chosen, make_plan(chosen, choices, request.keep), tuple(points))
 
 
 def make_plan(chosen: Mapping[str, int], options: list[LayerMethod], keep: tuple[str, ...] = ()) -> Plan:
@@ -127,8 +169,17 @@ def make_plan(chosen: Mapping[str, int], options: list[LayerMethod], keep: tuple
     return Plan(options[most], keep, tuple((layer, options[index]) for layer, index in chosen.items() if index != most))
 
 
-def _check_output(output: Path, only_recipe: bool) -> None:
-    if not only_recipe:
+def _finished(output: Path, model: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of `output` where these settings made it of `model`, else None."""
+    if not (output / RECORD).is_file():
+        return None
+    record: dict[str, Any] = json.loads((output / RECORD).read_text())
+    same = {name: record["settings"].get(name) for name in settings} == dict(settings)
+    return record if same and record["model"] == model else None
+
+
+def _check_output(output: Path) -> None:
+    if output.suffix != ".toml":
         check_output(output)
     elif output.exists():
         raise InputError(f"{output} exists; another name, or removing it, would be right")
@@ -226,27 +277,9 @@ def _score(model: str | Path, folder: Path, windows: Tensor) -> TokenScores:
     return score(StreamedModel(folder, windows), windows, StreamedModel(model, windows))
 
 
-def _results(
-    problem: AllocationProblem, trials: Mapping[str, LayerTrial], chosen: Mapping[str, int], grouped: Mapping[str, tuple[str, ...]]
-) -> dict[str, Any]:
-    layers = {
-        name: {"option": problem.options[chosen[name]], "weights": trial.weights, "sizes": trial.sizes, "losses": trial.losses}
-        for name, trial in trials.items()
-    }
-    return {
-        "options": list(problem.options),
-        "layers": layers,
-        "parts": {part: list(names) for part, names in grouped.items()},
-        "scores": dict(problem.scores),
-        "bits": sum(trial.sizes[chosen[name]] for name, trial in trials.items()),
-        "weights": sum(trial.weights for trial in trials.values()),
-        "expected_loss": sum(trial.losses[chosen[name]] for name, trial in trials.items()),
-    }
-
-
-def _finish(output: Path, mixed: Path, recipe: str, record: dict[str, Any], only_recipe: bool) -> None:
+def _finish(output: Path, mixed: Path, recipe: str, record: dict[str, Any]) -> None:
     """Everything is written beside, then renamed."""
-    if only_recipe:
+    if output.suffix == ".toml":
         partial = output.with_name(output.name + ".partial")
         partial.write_text(recipe)
         os.replace(partial, output)

@@ -79,7 +79,7 @@ def _say(output: Path, results: dict[str, Any]) -> None:
         table.add_row(option, str(len(mine)), f"{sum(mine) / results['weights']:.1%}")
     out.print(table)
     check = results["check"]
-    out.print(f"{output}: {check['bits_per_weight']:.4f} bits per weight over {results['weights']} weights")
+    out.print(f"{output}: {check['bits_per_weight']:.4f} bits per weight over {results['weights']} weights", soft_wrap=True)
     out.print(verdict_line(check), soft_wrap=True)
 
 
@@ -94,4 +94,4 @@ def verdict_line(check: dict[str, Any]) -> str:
 
 def _difference(verdict: dict[str, Any]) -> str:
     low, high = verdict["interval"]
-    return f"{verdict['difference']:+.4f} nats a token ({low:+.4f} to {high:+.4f}, {verdict['said']})"
+    return f"{verdict['difference']:+.3g} nats a token ({low:+.3g} to {high:+.3g}, {verdict['said']})"
