@@ -162,10 +162,10 @@ def _loss(probe: dict[str, Any] | None) -> str:
     return f"\nMeasured against the original on `{probe['text']['data']}`: {said}.\n"
 
 
-def stored_bits(method: Method, rows: int = 256, columns: int = 512) -> dict[str, float]:
-    """Bits per weight of each kind of stored tensor, counted on one random layer with heavy tails that `method` compresses.
+def sample_layer(method: Method, rows: int = 256, columns: int = 512) -> StoredLinear | None:
+    """What `method` makes of one random layer with heavy tails, [rows, columns], and drawn inputs that are correlated.
 
-    Empty for methods that compress no single layers. Raises what the method raises.
+    None for methods that compress no single layers. Raises what the method raises.
     """
     generator = torch.Generator().manual_seed(0)
     weight = 0.02 * torch.randn(rows, columns, generator=generator) / torch.rand(rows, columns, generator=generator).clamp(min=0.05).sqrt()
@@ -178,15 +178,19 @@ def stored_bits(method: Method, rows: int = 256, columns: int = 512) -> dict[str
         statistics.sensitivities = dict(method.rank(sums) if isinstance(method, LayerMethod) else sums)
     if isinstance(method, LayerMethod):
         tensor = method.compress_group({"layer": weight}, statistics)["layer"]
-        stored = StoredLinear(tensor, method.activation(statistics, tensor), method.offset(weight, tensor, statistics))
-    elif isinstance(method, BlockMethod):
+        return StoredLinear(tensor, method.activation(statistics, tensor), method.offset(weight, tensor, statistics))
+    if isinstance(method, BlockMethod):
         learned = cast(LearnedLinear, method.begin(weight, None, statistics))
         learned.harden()
-        stored = learned.finish()
-    else:
-        return {}
+        return learned.finish()
+    return None
+
+
+def stored_bits(method: Method, rows: int = 256, columns: int = 512) -> dict[str, float]:
+    """Bits per weight of each kind of stored tensor, counted on `sample_layer`; empty where there is none."""
+    stored = sample_layer(method, rows, columns)
     found: dict[str, float] = {}
-    for name, bits in stored.bits().items():
+    for name, bits in ({} if stored is None else stored.bits()).items():
         role = name.removeprefix("weight.terms.")
         found[role] = found.get(role, 0.0) + bits / (rows * columns)
     return found

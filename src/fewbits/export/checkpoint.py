@@ -152,9 +152,13 @@ def read_layers(path: Path, inside: str = "", memory: int | str | None = None) -
 
 def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32, memory: int | str | None = None) -> PreTrainedModel:
     """The model with its compressed layers in place, in eval mode; dense parameters in `dtype`; `memory` as in `read_layers`."""
-    source = open_model(path)
+    return with_layers(open_model(path), read_layers(path, memory=memory), dtype)
+
+
+def with_layers(source: ModelSource, layers: Iterable[tuple[str, StoredLinear]], dtype: torch.dtype) -> PreTrainedModel:
+    """The model of `source` with compressed `layers` in the place of its own, the rest from its files in `dtype`; in eval mode."""
     shell = source.shell()
-    for name, stored in read_layers(path, memory=memory):
+    for name, stored in layers:
         bias = cast(Tensor | None, shell.get_submodule(name).bias)
         shell.set_submodule(name, CompressedLinear(stored, bias).settle())
     source.load_module(shell, "", dtype)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from fewbits.core.errors import InputError
+from fewbits.export.checkpoint import with_layers
 from fewbits.export.folder import quantization_config
 from fewbits.export.target import Target, get_target, list_targets
-from fewbits.layers.linear import CompressedLinear
 from fewbits.models.source import open_model
 
 
@@ -27,14 +25,7 @@ def load_foreign(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     Raises InputError where no format is recognized, a file is damaged, or something has no exact term.
     """
     target = _reader(path)
-    source = open_model(path)
-    shell = source.shell()
-    for name, stored in target.read(path):
-        bias = cast(Tensor | None, shell.get_submodule(name).bias)
-        shell.set_submodule(name, CompressedLinear(stored, bias))
-    source.load_module(shell, "", dtype)
-    shell.tie_weights()
-    return shell
+    return with_layers(open_model(path), target.read(path), dtype)
 
 
 def _reader(path: Path) -> Target:
