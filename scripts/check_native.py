@@ -14,7 +14,7 @@ BUILD = ROOT / "build" / "sanitized"
 
 def build() -> Path:
     """The module, compiled. Raises CalledProcessError where it cannot be."""
-    options = [f"-DPython_EXECUTABLE={sys.executable}", "-DFEWBITS_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=RelWithDebInfo"]
+    options = [f"-DPython_EXECUTABLE={sys.executable}", "-DFEWBITS_SANITIZE=ON", "-DCMAKE_BUILD_TYPE=Debug"]
     cmake = str(Path(sys.executable).with_name("cmake"))
     subprocess.run([cmake, "-S", str(ROOT), "-B", str(BUILD), *options], check=True)
     subprocess.run([cmake, "--build", str(BUILD), "--parallel", "2"], check=True)

@@ -10,6 +10,7 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from fewbits.cli.allocate import allocate
+from fewbits.cli.bench import bench
 from fewbits.cli.calibrate import calibrate
 from fewbits.cli.compare import compare
 from fewbits.cli.compress import compress
@@ -21,7 +22,7 @@ from fewbits.cli.show import show
 from fewbits.core.errors import FewbitsError, InputError
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
-for command in (methods, show, compress, allocate, evaluate, compare, calibrate, generate, export):
+for command in (methods, show, compress, allocate, evaluate, compare, calibrate, generate, export, bench):
     app.command()(command)
 _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer has its own copy of click, or uses click itself
 
