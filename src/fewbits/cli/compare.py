@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import typer
 from rich.live import Live
 from rich.table import Table
 
-from fewbits.cli.options import CalibrationText, Json, Model, err, out
-from fewbits.comparison.compare import CompareSettings
+from fewbits.cli.options import CalibrationText, DryRun, Inputs, Json, Model, err, out, read_inputs
+from fewbits.comparison.compare import CompareSettings, preflight
 from fewbits.comparison.compare import compare as compare_methods
 from fewbits.comparison.samples import Samples
-from fewbits.core.config import suggest
 from fewbits.core.errors import InputError
 from fewbits.data.text import TextSample
 from fewbits.pipeline.feed import StreamOptions
+from fewbits.pipeline.preflight import Estimate, is_long, said
 from fewbits.reports.tables import verdict_text
 
 
@@ -36,12 +37,11 @@ def compare(  # noqa: PLR0913 - a command has as many options as users need
     text: Annotated[str, typer.Option(help="Text that all are measured on.")] = "builtin:heldout",
     windows: Annotated[int, typer.Option(help="Number of windows of that text.")] = 64,
     repeats: Annotated[int, typer.Option(help="Calibration seeds, for methods that look at text.")] = 1,
-    inputs: Annotated[
-        str | None, typer.Option(help="What statistics see: original (one pass for all methods) or propagated; else as each method says.")
-    ] = None,
+    inputs: Inputs = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A text that every model writes on from; may be repeated.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens that are written after each prompt; 0 for none.")] = 32,
     noise_windows: Annotated[int, typer.Option(help="Windows on which bfloat16 arithmetic is measured; 0 for none.")] = 8,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Compress MODEL by several methods, measure all on the same text, and write a table and report.html.
@@ -51,8 +51,14 @@ def compare(  # noqa: PLR0913 - a command has as many options as users need
     prompts = Samples(tuple(prompt), new_tokens) if prompt else Samples(tokens=new_tokens)
     settings = CompareSettings(_widths(bits), baseline, repeats, noise_windows, prompts)
     calibration, heldout = TextSample(data, samples, seq_len), TextSample(text, windows, seq_len)
+    if dry_run or is_long(model):
+        plain = StreamOptions(inputs=read_inputs(inputs))
+        found = preflight(model, methods, output, calibration=calibration, text=heldout, settings=settings, options=plain)
+        _show_estimates(found, dry_run and as_json)
+    if dry_run:
+        return
     with _Screen() as screen:
-        options = StreamOptions(inputs=_inputs(inputs), progress=screen.progress)
+        options = StreamOptions(inputs=read_inputs(inputs), progress=screen.progress)
         given: dict[str, Any] = {"calibration": calibration, "text": heldout, "settings": settings, "options": options}
         record = compare_methods(model, methods, output, **given, report=screen.report)
     if as_json:
@@ -66,18 +72,20 @@ def compare(  # noqa: PLR0913 - a command has as many options as users need
     out.print(f"{output / 'report.html'}, table.md, table.csv and compare.json are written")
 
 
+def _show_estimates(found: Mapping[str, Estimate], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({name: asdict(one) for name, one in found.items()}))
+        return
+    for name, one in found.items():
+        err.print(f"{name}: {said(one)}")
+    err.print(f"all: about {sum(one.seconds for one in found.values()) / 60:.1f} min, one after another")
+
+
 def _widths(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(one) for one in text.split(",")) if text else ()
     except ValueError as error:
         raise InputError(f"--bits {text!r} is not right; whole numbers such as 2,3,4 would be") from error
-
-
-def _inputs(name: str | None) -> Literal["propagated", "original"] | None:
-    known = ["original", "propagated"]
-    if name is not None and name not in known:
-        raise InputError(f"--inputs {name!r} is not known; {suggest(name, known)}")
-    return cast("Literal['propagated', 'original'] | None", name)
 
 
 def _table(rows: list[dict[str, Any]], baseline: str) -> Table:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fewbits import api
-from fewbits.cli.options import CalibrationText, Json, Model, out, read_dtype, read_pairs, read_plan
+from fewbits.cli.options import CalibrationText, DryRun, Inputs, Json, Model, err, out, read_dtype, read_inputs, read_pairs, read_plan
 from fewbits.cli.progress import Bar
 from fewbits.data.text import TextSample
+from fewbits.pipeline.preflight import is_long, preflight, said
 from fewbits.pipeline.stream import StreamOptions
 
 
@@ -30,13 +32,22 @@ def compress(  # noqa: PLR0913 - a command has as many options as users need
     dtype: Annotated[str, typer.Option(help="What the model computes in: float32, bfloat16 or float16.")] = "float32",
     activations_on_disk: Annotated[bool, typer.Option("--activations-on-disk", help="Keep hidden states in a file.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of continuing a stopped run.")] = False,
+    inputs: Inputs = None,
+    dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Compress MODEL (a local folder, builtin:NAME, or owner/name on the hub) and write a folder that evaluate, generate and load take."""
     plan = read_plan(method, recipe, read_pairs(settings or []))
     with Bar() as bar:
-        options = StreamOptions(dtype=read_dtype(dtype), activations_on_disk=activations_on_disk, fold=fold, progress=bar.show)
+        how = {"inputs": read_inputs(inputs), "dtype": read_dtype(dtype), "activations_on_disk": activations_on_disk, "fold": fold}
+        options = StreamOptions(**how, progress=bar.show)  # type: ignore[arg-type]
         calibration = TextSample(data, samples, seq_len, separate=separate)
+        if dry_run or is_long(model):
+            estimate = preflight(model, plan, calibration, options, output)
+            (out if dry_run and not as_json else err).print(f"{output}: {said(estimate)}")
+        if dry_run:
+            print(json.dumps(asdict(estimate)) if as_json else "", end="")
+            return
         measured = None if probe == "none" else TextSample(probe, 16, min(seq_len, 256))
         record = api.compress(model, plan, output, calibration=calibration, options=options, probe=measured, fresh=fresh)
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Literal, cast
 
 import torch
 import typer
@@ -21,6 +21,11 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, builtin:t
 Text = Annotated[str, typer.Option("--data", help=f"Text: {_TEXT}")]
 CalibrationText = Annotated[str, typer.Option("--data", help=f"Calibration text: {_TEXT}")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Inputs = Annotated[
+    str | None,
+    typer.Option(help="What statistics see: original inputs, or those propagated through compressed blocks; else as the method says."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what time, memory and disk it takes, from one block on a little text.")]
 Memory = Annotated[str | None, typer.Option(help="Load the most of a stack (bitstack) that fits in this, such as 120MB.")]
 
 
@@ -39,6 +44,14 @@ def read_plan(method: str | None, recipe: Path | None, settings: dict[str, str])
     if recipe is not None:
         return read_recipe(recipe, settings)
     return Plan(configure(get_method(cast(str, method)), settings))
+
+
+def read_inputs(name: str | None) -> Literal["propagated", "original"] | None:
+    """Raises InputError for a name that is not known."""
+    known = ["original", "propagated"]
+    if name is not None and name not in known:
+        raise InputError(f"--inputs {name!r} is not known; {suggest(name, known)}")
+    return cast("Literal['propagated', 'original'] | None", name)
 
 
 def read_dtype(name: str) -> torch.dtype:

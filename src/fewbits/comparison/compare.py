@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fewbits.comparison.configuration import Configuration, read_configurations
+from fewbits.comparison.estimate import estimate_comparison
 from fewbits.comparison.folder import Folder, as_json, read_run
 from fewbits.comparison.job import Bench, Calibration, Job, calibrated, run_job
 from fewbits.comparison.samples import Samples
@@ -25,6 +26,7 @@ from fewbits.evaluation.streamed import StreamedModel
 from fewbits.models.source import ModelSource, open_model
 from fewbits.pipeline.dense_pass import DensePass, reads_text
 from fewbits.pipeline.feed import StreamOptions
+from fewbits.pipeline.preflight import Estimate, check_room
 from fewbits.reports.page import page
 from fewbits.reports.tables import csv_table, markdown_table
 from fewbits.statistics.hessian import Hessian
@@ -96,6 +98,26 @@ def compare(  # noqa: PLR0913 - a model, methods, two texts, and how
     record = make_record("compare", model, asked, results, began)
     _write(folder, record)
     return record
+
+
+def preflight(
+    model: str | Path,
+    methods: Sequence[str],
+    output: str | Path,
+    *,
+    calibration: TextSample,
+    text: TextSample,
+    settings: CompareSettings,
+    options: StreamOptions,
+) -> Mapping[str, Estimate]:
+    """What `compare` with the same arguments will take, by configuration. Raises InputError where there is no room for it."""
+    configurations = read_configurations(methods, settings.bits)
+    _baseline(configurations, settings.baseline)
+    found = estimate_comparison(open_model(model), configurations, (calibration, text), settings.repeats, options)
+    largest = max(one.disk_bytes for name, one in found.items() if name != "measuring")
+    whole = replace(found["measuring"], disk_bytes=found["measuring"].disk_bytes + largest)
+    check_room([*found.values(), whole], Path(output))
+    return found
 
 
 def _write(folder: Folder, record: dict[str, Any]) -> None:

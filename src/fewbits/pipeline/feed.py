@@ -21,7 +21,7 @@ Progress = Callable[[int, int, str, float, float], None]  # block, blocks, what 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How a run goes; only `inputs`, `dtype` and `fold` change its result."""
+    """How a run goes; only `inputs`, `dtype`, `fold` and `blocks` change its result."""
 
     inputs: Literal["propagated", "original"] | None = None  # what statistics see: compressed or dense predecessors; None: ask the method
     dtype: torch.dtype = torch.float32
@@ -31,6 +31,7 @@ class StreamOptions:
     progress: Progress | None = field(default=None, compare=False)
     # Second moments of the layers' inputs that errors are measured with; None: those of the inputs that the method saw.
     moments: Callable[[str], Tensor | None] | None = field(default=None, compare=False)
+    blocks: int | None = None  # only the first so many, and nothing that is done to the whole model: for estimates
 
     def __post_init__(self) -> None:
         if self.inputs not in (None, "propagated", "original"):
@@ -45,7 +46,8 @@ class Feed:
 
     def __init__(self, source: ModelSource, shell: nn.Module, windows: Tensor, mask: Tensor | None, options: StreamOptions) -> None:
         self.source, self.shell, self.options = source, shell, options
-        self.blocks = Adapter(shell).blocks
+        self._every = Adapter(shell).blocks
+        self.blocks = self._every[: options.blocks]
         if mask is not None and (mask.shape != windows.shape or not bool(mask.any(1).all())):
             raise InputError(f"a mask {list(mask.shape)} does not fit windows {list(windows.shape)} with a real token in each")
         self.windows, self.mask = windows, None if mask is None else mask.bool()
@@ -63,13 +65,13 @@ class Feed:
 
         Raises BrokenModelError where they are not finite.
         """
-        capture = Capture(self.shell, self.source, self.blocks, self.options.dtype)
+        capture = Capture(self.shell, self.source, self._every, self.options.dtype)
         for tokens, mask in self.batches():
             hidden, called = capture.run(tokens, None if mask is None else mask.long())
             if not bool(torch.isfinite(hidden).all()):
                 raise BrokenModelError("the model's embeddings are not finite; the model file is broken")
-            for name, call in called.items():
-                self.calls[name].append(call)
+            for name in self.blocks:
+                self.calls[name].append(called[name])
             yield hidden
         capture.close()
 

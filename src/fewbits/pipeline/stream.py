@@ -104,6 +104,8 @@ def compress_model(
     options = replace(options, inputs=options.inputs or plan.method.inputs)
     stacking, stacked = stacking_of(source, plan)
     tuning = _tuning_method(plan)
+    if options.blocks is not None:  # what concerns the whole model is not for a few blocks
+        stacking = tuning = None
     shell = source.shell()
     kept = Adapter(shell).kept | _kept_by_plan(Adapter(shell), plan)
     store = Store(work, run_settings(source, plan, windows, mask, options))
@@ -132,7 +134,7 @@ def _compress_by_blocks(
         reconstruct_blocks(plan, feed, target)
         return len(feed.blocks)
 
-    restoration, tuning = method.restoration(), method.tuning()
+    restoration, tuning = (method.restoration(), method.tuning()) if options.blocks is None else (None, None)
     if restoration is not None and restoration.steps:
         source = restored(source, plan, restoration, store, compress, text, options.progress)
     blocks = compress(store, source)
@@ -199,7 +201,7 @@ class _Run:
 
     def _look_ahead(self) -> None:
         """What must be known of the whole model before its first layer: gradients and plans, for methods that ask; kept in files."""
-        layers = [name for block in self.adapter.blocks for name in self.adapter.linears(block)]
+        layers = [name for block in self.feed.blocks for name in self.adapter.linears(block)]
         methods = {name: method for name in layers if isinstance(method := self.plan.method_for(name), LayerMethod)}
         keep_sensitivities(self.source, methods, self.text[0], self.store)
         keep_profile(self.source, methods, self.text, self.store, self.options.progress)
