@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fewbits import api
+from fewbits import TextSample, api
 from fewbits.core.errors import FewbitsError, InputError
 from fewbits.core.record import schema
 from fewbits.core.tensor import CompressedTensor
@@ -19,6 +19,9 @@ from fewbits.export.targets.dense import Dense
 from fewbits.export.targets.gptq import Gptq
 from fewbits.formats.diagonal import DiagonalScale
 from fewbits.layers.linear import StoredLinear
+from fewbits.methods.weights.awq import Awq as AwqMethod
+from fewbits.methods.weights.gptq import Gptq as GptqMethod
+from fewbits.pipeline.plan import Plan
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -208,3 +211,15 @@ def test_a_format_of_one_file_is_written_beside_and_renamed(compressed, uniform,
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=r"is a folder, and .* is one file"):
         export(folder, Single(), tmp_path / "folder")
+
+
+@pytest.mark.slow
+def test_awq_fits_where_the_layers_that_keep_their_scale_have_another_method(first_blocks, tmp_path):
+    text = TextSample("builtin:calibration", 8, 64)
+    plan = Plan(AwqMethod(group_size=64), overrides=(("*.o_proj", GptqMethod(group_size=64)), ("*.down_proj", GptqMethod(group_size=64))))
+    api.compress(first_blocks, plan, tmp_path / "compressed", calibration=text, probe=None)
+    made = api.export(tmp_path / "compressed", "awq", tmp_path / "out")
+    ids = torch.arange(32)[None]
+    with torch.no_grad():
+        assert torch.equal(api.load(tmp_path / "out")(ids).logits, api.load(tmp_path / "compressed")(ids).logits)
+    assert made["results"]["requantized"] == {}
