@@ -1,16 +1,15 @@
 """Mixed precision of the built-in language model at 3.25 bits, beside one width for all layers at no fewer bytes.
 
-    python benchmarks/allocate_on_tiny_lm.py [--samples 64] [--windows 128] [--length 256] [--work DIR]
+    python benchmarks/allocate_on_tiny_lm.py [--samples 64] [--windows 64] [--length 256] [--work DIR]
 
 Writes results/allocation/tiny_lm.json: every measure of what an option loses in a layer, both solvers, fused layers tied, and
 two group sizes to choose from. Trials are made once for each measure, with all options, and shared by the rows.
-`seconds` are those of the trials; `expected` is the sum of the losses that the trials foretold, in nats for all but "output".
+`expected` is the sum of the losses that the trials foretold, in nats for all but "output".
 """
 
 import argparse
 import json
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +35,7 @@ ROWS = [
 ]
 
 
-def measure_row(row: dict, trials: dict, options: list, runs: Runs, heldout: TextSample) -> dict:
+def measure_row(row: dict, trials: dict, options: list, runs: Runs) -> dict:
     """One allocation, compressed and compared; with one group size only the options of 128 weights a group are left to choose."""
     kept = [index for index, option in enumerate(options) if row.get("groups") == 2 or option.group_size == 128]
     choices = [options[index] for index in kept]
@@ -49,7 +48,7 @@ def measure_row(row: dict, trials: dict, options: list, runs: Runs, heldout: Tex
     weights = sum(trial.weights for trial in mine.values())
     solve = allocate_by_bargains if row.get("solver") == "greedy" else allocate_by_program
     chosen = spread(solve(problem, row.get("budget", BUDGET) * weights), grouped)
-    check = beside_uniform(runs, runs.compressed(make_plan(chosen, choices)), choices, mine, heldout)
+    check = beside_uniform(runs, runs.compressed(make_plan(chosen, choices)), choices, mine)
     return {
         "measure": row["measure"],
         "solver": row.get("solver", "ilp"),
@@ -74,7 +73,7 @@ def _interval(verdict: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("samples", 64), ("windows", 128), ("length", 256)):
+    for name, default in (("samples", 64), ("windows", 64), ("length", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--work", type=Path, help="Folder that keeps what is finished; without one a stopped run starts again.")
     sizes = vars(parser.parse_args())
@@ -86,14 +85,12 @@ def main() -> None:
     _, options = read_options(["gptq:group_size=64", "gptq:group_size=128"])
     with tempfile.TemporaryDirectory() as temporary:
         work = given or Path(temporary)
-        runs, made = Runs(MODEL, work, calibration, None, ()), {}
+        runs, made = Runs(MODEL, work, (calibration, heldout), None), {}
         for row in ROWS:
             kind = row["measure"]
             if kind not in made:
-                began = time.monotonic()
-                trials = try_options(source, options, text, work / kind, TrialSettings(kind))
-                made[kind] = trials, time.monotonic() - began
-            rows.append(measure_row(row, made[kind][0], options, runs, heldout) | {"seconds": made[kind][1]})
+                made[kind] = try_options(source, options, text, work / kind, TrialSettings(kind))
+            rows.append(measure_row(row, made[kind], options, runs))
             print({name: value for name, value in rows[-1].items() if name != "layers"}, flush=True)
     head = {"model": MODEL, "settings": sizes, "versions": versions(), "machine": machine()}
     path = Path("results/allocation/tiny_lm.json")

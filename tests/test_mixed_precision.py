@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jsonschema
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fewbits
@@ -26,6 +27,7 @@ GRID = ("rtn:group_size=16",)
 def small(tmp_path_factory):
     """A random model of three blocks with the built-in model's tokenizer."""
     path = tmp_path_factory.mktemp("small") / "model"
+    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=4096, num_hidden_layers=3, **sizes)).save_pretrained(path)
     open_model("builtin:tiny-lm").tokenizer().save_pretrained(path)
@@ -50,7 +52,7 @@ def test_the_budget_is_kept_and_the_recipe_makes_the_same_file(small, tmp_path, 
     request = Request("4.6bpw", GRID, solver=solver, sensitivity=kind, tie=True)
     record = allocate(small, request, tmp_path / "out", **texts)
     results, made = record["results"], json.loads((tmp_path / "out" / "fewbits.json").read_text())["results"]
-    assert results["bits"] == sum(made["bits"].values()) <= 4.6 * results["weights"]
+    assert results["bits"] == sum(made["bits"].values()) <= 4.6 * results["weights"] * (1 + 1e-12)
     assert results["bits"] == sum(layer["sizes"][results["options"].index(layer["option"])] for layer in results["layers"].values())
     assert results["check"]["uniform_bits_per_weight"] >= results["check"]["bits_per_weight"] > 4.3
     for layers in results["parts"].values():

@@ -11,8 +11,9 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor
 
@@ -101,9 +102,9 @@ def allocate(
     text = calibration.batch(source.tokenizer())
     heldout.windows(source.tokenizer())
     made = share_out(source, request, text, work / "trials", options)
-    runs = Runs(model, work, calibration, options, request.keep)
+    runs = Runs(model, work, (calibration, heldout), options, request.keep)
     mixed = runs.compressed(made.plan)
-    check = beside_uniform(runs, mixed, list(made.choices), made.trials, heldout)
+    check = beside_uniform(runs, mixed, list(made.choices), made.trials)
     results = made.results() | {"check": check, "compressed": read_record(mixed)["results"]}
     record = make_record("allocate", model, described | {"plan": made.plan.describe()}, results, began)
     _finish(output, mixed, recipe_text(made.plan), record)
@@ -207,20 +208,33 @@ def _budget_bits(budget: float | str | None, source: ModelSource, trials: Mappin
     weights = sum(trial.weights for trial in trials.values())
     number, per_weight = (math.inf, True) if budget is None else _parse_budget(budget, None)
     if per_weight:
-        return number * weights
+        return number * weights * (1 + 1e-12)  # 4.6 bits are 4.6, though no binary number is
     dense = source.file_bytes() - sum(source.parameter(f"{layer}.weight").nbytes for layer in trials)
     return 8 * (number - dense - _HEADER_BYTES * len(trials))
 
 
-@dataclass(frozen=True)
 class Runs:
-    """Compressed folders by the plan they were made with, each made once."""
+    """Folders by the plan that they were compressed with, and their scores on `heldout`, each made once."""
 
-    model: str | Path
-    work: Path
-    calibration: TextSample
-    options: StreamOptions | None
-    keep: tuple[str, ...]
+    def __init__(
+        self, model: str | Path, work: Path, texts: tuple[TextSample, TextSample], options: StreamOptions | None, keep: tuple[str, ...] = ()
+    ) -> None:
+        """`texts` are those that methods are calibrated on and models are compared on; `keep` are the layers that stay dense."""
+        self.model, self.work, self.options, self.keep = model, work, options, keep
+        self.calibration, self.heldout = texts
+        self._scores: dict[Path, TokenScores] = {}
+
+    @cached_property
+    def dense(self) -> StreamedModel:
+        return StreamedModel(self.model, self.heldout.windows(open_model(self.model).tokenizer()))
+
+    def scores(self, folder: Path) -> TokenScores:
+        """Against the dense model; one block is in memory at a time, and the last hidden states of both."""
+        if folder not in self._scores:
+            self.dense.rewind()
+            windows = self.dense.windows
+            self._scores[folder] = score(StreamedModel(folder, windows), windows, self.dense)
+        return self._scores[folder]
 
     def uniform(self, method: LayerMethod) -> Path:
         return self.compressed(Plan(method, self.keep))
@@ -233,25 +247,22 @@ class Runs:
         return folder
 
 
-def beside_uniform(
-    runs: Runs, mixed: Path, choices: list[LayerMethod], trials: Mapping[str, LayerTrial], heldout: TextSample
-) -> dict[str, Any]:
+def beside_uniform(runs: Runs, mixed: Path, choices: list[LayerMethod], trials: Mapping[str, LayerTrial]) -> dict[str, Any]:
     """Both models on the same held-out tokens, and what may be said of their difference."""
     spent, weights = _stored_bits(mixed), sum(trial.weights for trial in trials.values())
     option, uniform = _uniform(runs, choices, trials, spent)
-    windows = heldout.windows(open_model(runs.model).tokenizer())
-    ours, theirs = (_score(runs.model, folder, windows) for folder in (mixed, uniform))
+    ours, theirs, seed = runs.scores(mixed), runs.scores(uniform), runs.heldout.seed
     assert ours.forward_kl is not None and theirs.forward_kl is not None
     verdicts = {
-        "loss": judge(ours.loss, theirs.loss, seed=heldout.seed),
-        "kl": judge(ours.forward_kl, theirs.forward_kl, seed=heldout.seed),
+        "loss": judge(ours.loss, theirs.loss, seed=seed),
+        "kl": judge(ours.forward_kl, theirs.forward_kl, seed=seed),
     }
     return {
         "uniform": label(option),
         "bits_per_weight": spent / weights,
         "uniform_bits_per_weight": _stored_bits(uniform) / weights,
-        "mixed_scores": summarize(ours, seed=heldout.seed),
-        "uniform_scores": summarize(theirs, seed=heldout.seed),
+        "mixed_scores": summarize(ours, seed=seed),
+        "uniform_scores": summarize(theirs, seed=seed),
         # The divergence is what compression loses, and the surer number; the loss may not contradict it.
         "beats_uniform": verdicts["kl"].said == "better" and verdicts["loss"].said != "worse",
         **{name: asdict(verdict) for name, verdict in verdicts.items()},
@@ -270,11 +281,6 @@ def _uniform(runs: Runs, choices: list[LayerMethod], trials: Mapping[str, LayerT
 
 def _stored_bits(folder: Path) -> int:
     return sum(read_record(folder)["results"]["bits"].values())
-
-
-def _score(model: str | Path, folder: Path, windows: Tensor) -> TokenScores:
-    """One block of either model is in memory at a time."""
-    return score(StreamedModel(folder, windows), windows, StreamedModel(model, windows))
 
 
 def _finish(output: Path, mixed: Path, recipe: str, record: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fewbits.cli.allocate import verdict_line
@@ -11,6 +12,7 @@ from fewbits.models.source import open_model
 def place(tmp_path_factory):
     """A folder with a small random model and a text."""
     root = tmp_path_factory.mktemp("place")
+    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=4096, num_hidden_layers=2, **sizes)).save_pretrained(root / "model")
     open_model("builtin:tiny-lm").tokenizer().save_pretrained(root / "model")

@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from fewbits.core.errors import InputError
 from fewbits.evaluation.streamed import ModelFromStates, Replacements, StreamedModel
 from fewbits.methods.weights.awq import Awq
 from fewbits.models.source import open_model
@@ -42,3 +44,12 @@ def test_replaced_layers_and_norms_are_what_is_measured(learned, tmp_path):
         assert weight.shape == whole.get_submodule(name).weight.shape and len(transforms) <= 1
     found = logits(streamed)
     assert torch.allclose(found, logits(whole), atol=1e-3) and not torch.allclose(found, logits(source.load()), atol=1e-1)
+
+
+def test_a_rewound_model_says_the_same_again(learned):
+    streamed = StreamedModel(learned, WINDOWS)
+    first = logits(streamed)
+    streamed.rewind()
+    assert torch.equal(logits(streamed), first)
+    with pytest.raises(InputError, match="once unless it is rewound"):
+        streamed(input_ids=WINDOWS)

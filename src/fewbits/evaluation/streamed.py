@@ -46,10 +46,14 @@ class ModelFromStates(nn.Module):
         """An object with `logits [sequences, tokens, vocabulary]`."""
         end = self.position + len(input_ids)
         if not torch.equal(self.windows[self.position : end], input_ids):
-            raise InputError("a streamed model gives the logits of its own windows, in their order, and once")
+            raise InputError("a streamed model gives the logits of its own windows, in their order, and once unless it is rewound")
         final = self.hidden[self.position : end]
         self.position = end
         return SimpleNamespace(logits=self.capture.logits(input_ids, final, self.wrapped))
+
+    def rewind(self) -> None:
+        """Give the logits of the windows anew, from the first on; nothing but the head is computed again."""
+        self.position = 0
 
 
 @dataclass(frozen=True)

@@ -169,12 +169,13 @@ def test_files_are_as_large_as_the_formula_says_for_every_cut(tmp_path):
     widths, scores = Widths(probe, methods), Layerwise().score(probe)
     weights = sum(linear.weight.numel() for linears in probe.linears.values() for linear in linears.values())
     sizes = [(bits + (16 + bits) / 8) / 8 * weights / BLOCKS for bits in (4, 2)]  # codes, an fp16 scale and a zero point a group
+    (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 40)
     before = 0
     for high in range(BLOCKS + 1):
         budget = 8 * (high * sizes[0] + (BLOCKS - high) * sizes[1])
         chosen = Layerwise().allocate(widths.problem(scores), budget)
         layers = {layer: option for block, option in chosen.items() for layer in probe.linears[block]}
-        text = fewbits.TextSample("builtin:calibration", 2, 16)
+        text = fewbits.TextSample(str(tmp_path / "text.txt"), 2, 16)
         record = fewbits.compress(path, make_plan(layers, methods), tmp_path / str(high), calibration=text, probe=None)["results"]
         assert sum(record["bits"].values()) == budget
         assert record["file_bytes"] > before
