@@ -100,19 +100,15 @@ SETTINGS = {
     ],
     "lq_lora": [{}, {"weighting": "none"}, {"iterations": 0, "weighting": "none"}, {"budget": 2.5}],
     "layerwise": [
-        *({"budget": budget, "measure": measure} for budget in (4.0, 3.25, 2.75) for measure in ("lim", "zd")),
-        *({"budget": 3.25, "order": order} for order in ("reverse", "random")),
-        *({"budget": 3.25, "base": "gptq:group_size=64", "options": "4,2", "order": order} for order in ("importance", "reverse")),
-        {"budget": 3.6, "base": "gptq:group_size=64", "options": "4,3"},
+        *({"budget": 3.25} | change for change in ({}, {"measure": "zd"}, {"order": "reverse"})),
+        {"budget": 4.0},
+        *({"budget": 3.25, "base": "gptq:group_size=64"} | change for change in ({}, {"order": "reverse"})),
     ],
     "cptquant": [
         {},
-        {"measure": "pruning"},
-        {"measure": "correlation"},
         *(
-            {"base": "rtn:group_size=none", "options": "8,4,2", "split": "percentile", "measure": measure} | change
-            for measure in ("perturbation", "pruning", "correlation")
-            for change in ({}, {"order": "reverse"})
+            {"base": "rtn:group_size=none", "options": "8,4,2", "split": "percentile"} | change
+            for change in ({}, {"measure": "pruning"}, {"measure": "correlation"}, {"order": "reverse"})
         ),
     ],
     "apiq": [{}, {"adapter_rate": 0.0}, {"clip_rate": 0.0}, {"steps": 0}],
