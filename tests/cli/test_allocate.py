@@ -66,3 +66,11 @@ def test_the_verdict_is_said_for_better_or_worse():
     assert "(-0.02 to -0.004, better)" in line
     lost = verdict_line(check | {"kl": verdict, "loss": verdict, "beats_uniform": False, "uniform_bits_per_weight": 3.1})
     assert "NOT better than" in lost and "at 3.1000 bits, which takes fewer bytes:" in lost
+
+
+def test_a_method_that_allocates_is_no_method_to_compress_with(run, place, tmp_path):
+    status, output, error = run("compress", place / "model", "-m", "layerwise", "-o", tmp_path / "out")
+    assert status == 2 and not output and "fewbits allocate -m layerwise would be right" in error.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+    status, output, _ = run("show", "cptquant")
+    assert status == 0 and "2412.03599" in output and "prune_share = 0.3" in output

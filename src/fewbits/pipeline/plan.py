@@ -6,16 +6,27 @@ from dataclasses import dataclass, fields, is_dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from fewbits.core.allocation_method import AllocationMethod
+from fewbits.core.errors import InputError
 from fewbits.core.method import Method
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One method for all linears, glob patterns of layers kept dense, and patterns given another method (first match wins)."""
+    """One method for all linears, glob patterns of layers kept dense, and patterns given another method (first match wins).
+
+    Raises InputError for a method that compresses nothing itself.
+    """
 
     method: Method
     keep: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Method], ...] = ()
+
+    def __post_init__(self) -> None:
+        for one in (self.method, *(method for _, method in self.overrides)):
+            if isinstance(one, AllocationMethod):
+                name = one.name()
+                raise InputError(f"{name} shares bits out and compresses no layers itself; fewbits allocate -m {name} would be right")
 
     def keeps(self, layer_name: str) -> str | None:
         """The pattern that keeps the layer dense, or None."""
