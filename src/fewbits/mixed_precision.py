@@ -62,7 +62,7 @@ class Request:
     budget: float | str | None
     methods: tuple[str, ...] = ("gptq",)
     bits: tuple[int, ...] = ()
-    sensitivity: Kind = "kl"
+    sensitivity: Kind = "hessian"
     windows: int = 8
     solver: Literal["ilp", "greedy"] = "ilp"
     tie: bool = False

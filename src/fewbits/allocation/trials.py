@@ -34,7 +34,7 @@ from fewbits.statistics.hessian import Hessian
 class TrialSettings:
     """By which measure losses are measured, on how many of the calibration windows, and the layers that stay dense whatever happens."""
 
-    sensitivity: Kind = "kl"
+    sensitivity: Kind = "hessian"
     windows: int = 8
     keep: tuple[str, ...] = ()
 

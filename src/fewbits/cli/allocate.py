@@ -28,7 +28,7 @@ def allocate(  # noqa: PLR0913 - as compress
     budget: Annotated[str | None, typer.Option(help="Bits a weight (3.25bpw) or bytes of the whole file (500MB).")] = None,
     method: Annotated[list[str] | None, typer.Option("-m", "--method", help=_METHOD)] = None,
     options: Annotated[str | None, typer.Option(help="Bits that a layer may get, such as 2,3,4,8; 16 is fp16.")] = None,
-    sensitivity: Annotated[str, typer.Option(help="How losses are measured: kl, hessian, fisher or output.")] = "kl",
+    sensitivity: Annotated[str, typer.Option(help="How losses are measured: hessian, kl, fisher or output.")] = "hessian",
     solver: Annotated[str, typer.Option(help="ilp (exact) or greedy.")] = "ilp",
     tie: Annotated[bool, typer.Option("--tie", help="One option for layers that engines fuse: q/k/v, gate/up, a block's experts.")] = False,
     keep: Annotated[list[str] | None, typer.Option(help="Pattern of layers that stay dense; may be repeated.")] = None,
