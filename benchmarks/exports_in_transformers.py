@@ -1,11 +1,11 @@
 """Exported files loaded by transformers with the packages of their formats, beside the folder that they were made of.
 
-    pip install optimum gptqmodel         # for gptq and awq; no dependencies of fewbits
-    python benchmarks/exports_in_transformers.py [--formats dense compressed-tensors gptq awq]
+    pip install optimum gptqmodel aqlm    # for gptq, awq and aqlm; no dependencies of fewbits
+    python benchmarks/exports_in_transformers.py [--formats dense compressed-tensors gptq awq aqlm]
 
 Writes results/export/in_transformers.json; rows of formats that are not named stay as they are. The built-in model is compressed
-with rtn; the logits of 4 windows of 64 tokens of held-out text are compared in float32: their largest difference over the
-largest logit, and the mean KL divergence. An engine may decode weights in 16 bits, which is what shows.
+with rtn, or aqlm without training; the logits of 4 windows of 64 tokens of held-out text are compared in float32: their largest
+difference over the largest logit, and the mean KL divergence. An engine may decode weights in 16 bits, which is what shows.
 """
 
 import argparse
@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 from fewbits import TextSample, api
+from fewbits.core.method import Method
 from fewbits.export.target import get_target
+from fewbits.methods.weights.aqlm import Aqlm
 from fewbits.methods.weights.rtn import Rtn
 from fewbits.models.source import open_model
 
@@ -38,6 +40,7 @@ RUNS = {
         *((Rtn(bits=bits, group_size=64), "gptq:checkpoint_format=gptq_v2", False) for bits in (2, 3, 4, 8)),
     ],
     "awq": [(Rtn(bits=4, group_size=64), "awq", False), (Rtn(bits=4, group_size=64, symmetric=True), "awq", False)],
+    "aqlm": [(Aqlm(books=2, book_bits=6, group_size=8, rounds=1, steps=0), "aqlm", False)],
 }
 
 
@@ -46,7 +49,7 @@ def logits(model: torch.nn.Module, windows: Tensor) -> Tensor:
     return model(windows).logits.float()
 
 
-def measure(method: Rtn, spec: str, made_dense: bool, work: Path) -> dict[str, object]:
+def measure(method: Method, spec: str, made_dense: bool, work: Path) -> dict[str, object]:
     """One row: `made_dense` asks transformers to write the weights out while loading, which zero points need."""
     folder, exported = work / "compressed", work / "exported"
     api.compress(MODEL, method, folder, calibration=TextSample("builtin:calibration", 1, 64), probe=None)
@@ -57,7 +60,7 @@ def measure(method: Rtn, spec: str, made_dense: bool, work: Path) -> dict[str, o
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32, device_map="cpu", **options)
     theirs = logits(model, windows)
     divergence = torch.nn.functional.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="sum")
-    fields = {"format": spec, "bits": method.bits, "group_size": method.group_size, "symmetric": method.symmetric}
+    fields = {"format": spec} | {name: getattr(method, name, None) for name in ("bits", "group_size", "symmetric")}
     return fields | {
         "loaded as": type(model.get_submodule("model.layers.0.mlp.up_proj")).__name__ + (", made dense" if made_dense else ""),
         "largest relative difference": float((theirs - ours).abs().max() / ours.abs().max()),

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fewbits.core.errors import InputError
@@ -84,3 +84,17 @@ class Contents:
         """The name of the module of experts that a layer was taken out of, where the model keeps them in one tensor."""
         owner = layer.rpartition(".")[0].rpartition(".")[0]
         return owner if isinstance(self.shell.get_submodule(owner), SeparateExperts) else None
+
+    def unfit_module(self, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> str | None:
+        """Why one of the compressed layers is no linear of its own to other engines; None where all are of `kinds`."""
+        for name in self.names:
+            if not isinstance(module := self.shell.get_submodule(name), kinds):
+                return f"{name} is a {type(module).__name__}, and the format is for linear layers"
+            if (experts := self.experts_of(name)) is not None:
+                return f"{name} is an expert of {experts}, which other engines keep in a layout of their own"
+        return None
+
+    def dense_linears(self, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> list[str]:
+        """Names of the linears that stayed dense, the model's head among them."""
+        held = set(self.names)
+        return [name for name, module in self.shell.named_modules() if isinstance(module, kinds) and name not in held]

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbits.core.errors import InputError
+from fewbits.models.source import ModelSource
 
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
 
@@ -32,6 +33,16 @@ def quantization_config(path: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()).get("quantization_config") or {})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file} cannot be read ({error}); a folder with a model would be right") from error
+
+
+def compressed_modules(source: ModelSource, suffix: str, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> list[str]:
+    """Names of the modules that have a tensor `suffix`. Raises InputError where one is no linear layer, of `kinds`, of the model."""
+    modules = dict(source.shell().named_modules())
+    names = [name.removesuffix(f".{suffix}") for name in source.tensor_names() if name.endswith(f".{suffix}")]
+    for name in names:
+        if not isinstance(modules.get(name), kinds):
+            raise InputError(f"{source.path}: {name} is compressed and no linear layer of the model; another layout would be right")
+    return names
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewbits.core.checks import check_group_size
 from fewbits.core.errors import InputError
 from fewbits.export.contents import Contents
-from fewbits.export.folder import copy_companions, quantization_config, write_config, write_shards
+from fewbits.export.folder import compressed_modules, copy_companions, quantization_config, write_config, write_shards
 from fewbits.export.grids import Grid, nearest_grid, read_grid
 from fewbits.export.target import Target
 from fewbits.export.words import from_words, to_words
@@ -45,12 +45,10 @@ class Awq(Target):
         return grid if isinstance(grid, str) else None
 
     def refuses_model(self, contents: Contents) -> str | None:
+        if (unfit := contents.unfit_module()) is not None:
+            return unfit
         sizes: dict[tuple[int, bool], str] = {}
         for name, stored in contents.layers():
-            if not isinstance(module := contents.shell.get_submodule(name), nn.Linear):
-                return f"{name} is a {type(module).__name__}, and the format is for linear layers"
-            if contents.experts_of(name) is not None:
-                return f"{name} is an expert, which other engines keep in a layout of their own"
             if isinstance(grid := _grid(stored), Grid):
                 sizes.setdefault((grid.group_size, grid.whole_rows), name)
         if _common(set(sizes)) is None:
@@ -67,10 +65,8 @@ class Awq(Target):
         copy_companions(contents.path, destination)
         sizes: set[tuple[int, bool]] = set()
         write_shards(destination, self._tensors(contents, sizes))
-        linears = [name for name, module in contents.shell.named_modules() if isinstance(module, nn.Linear)]
-        kept = [name for name in linears if name not in set(contents.names)]
         config: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": _common(sizes), "zero_point": True, "version": "gemm"}
-        write_config(destination, contents.config | {"quantization_config": config | {"modules_to_not_convert": kept}})
+        write_config(destination, contents.config | {"quantization_config": config | {"modules_to_not_convert": contents.dense_linears()}})
 
     def recognizes(self, path: Path) -> bool:
         return quantization_config(path).get("quant_method") == "awq"
@@ -81,10 +77,7 @@ class Awq(Target):
             raise InputError(f"{path} is AWQ of {described.get('bits')} bits, {described.get('version')}; 4 bits, gemm, would be right")
         if not described.get("zero_point", True):
             raise InputError(f"{path} is AWQ without zero points, which engines read in different ways; zero_point true would be right")
-        modules = dict(source.shell().named_modules())
-        for name in [one.removesuffix(".qweight") for one in source.tensor_names() if one.endswith(".qweight")]:
-            if not isinstance(modules.get(name), nn.Linear):
-                raise InputError(f"{path}: {name} is compressed and no linear layer of the model; another layout would be right")
+        for name in compressed_modules(source, "qweight"):
             qweight, qzeros, scales = (source.tensor(f"{name}.{part}") for part in ("qweight", "qzeros", "scales"))
             columns, rows = qweight.shape[0], 8 * qweight.shape[1]
             if columns % len(scales) or qzeros.shape != (len(scales), rows // 8) or scales.shape[1] != rows:

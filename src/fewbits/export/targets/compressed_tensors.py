@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewbits.core.checks import check_group_size, check_range
 from fewbits.core.errors import InputError
 from fewbits.export.contents import Contents
-from fewbits.export.folder import copy_companions, quantization_config, write_config, write_shards
+from fewbits.export.folder import compressed_modules, copy_companions, quantization_config, write_config, write_shards
 from fewbits.export.grids import nearest_grid
 from fewbits.export.schemes import FORMATS, Scheme, hold, unhold
 from fewbits.export.target import Target
@@ -50,12 +50,7 @@ class CompressedTensors(Target):
         return held if isinstance(held, str) else None
 
     def refuses_model(self, contents: Contents) -> str | None:
-        for name in contents.names:
-            if not isinstance(module := contents.shell.get_submodule(name), nn.Linear):
-                return f"{name} is a {type(module).__name__}, and the format is for linear layers"
-            if (experts := contents.experts_of(name)) is not None:
-                return f"{name} is an expert of {experts}, which other engines keep in one tensor"
-        return None
+        return contents.unfit_module()
 
     def requantize(self, stored: StoredLinear) -> StoredLinear | None:
         """The nearest uniform grid, and inputs as they are."""
@@ -72,11 +67,8 @@ class CompressedTensors(Target):
 
     def read(self, path: Path) -> Iterator[tuple[str, StoredLinear]]:
         source, described = open_model(path), quantization_config(path)
-        shell, names = source.shell(), set(source.tensor_names())
-        for name in [one.removesuffix(".weight_scale") for one in source.tensor_names() if one.endswith(".weight_scale")]:
-            module = dict(shell.named_modules()).get(name)
-            if not isinstance(module, nn.Linear):
-                raise InputError(f"{path}: {name} is compressed and no linear layer of the model; another layout would be right")
+        names = set(source.tensor_names())
+        for name in compressed_modules(source, "weight_scale"):
             tensors = {suffix: source.tensor(f"{name}.{suffix}") for suffix in (*_SUFFIXES, *_INPUTS) if f"{name}.{suffix}" in names}
             try:
                 yield name, unhold(tensors, _scheme_of(name, described))
@@ -97,13 +89,12 @@ class CompressedTensors(Target):
         """The quantization_config."""
         formats = {scheme.format for scheme, _ in groups}
         targets = [["Linear"] if len(groups) == 1 else names for _, names in groups]
-        linears = [name for name, module in contents.shell.named_modules() if isinstance(module, nn.Linear)]
         return {
             "quant_method": _METHOD,
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": {f"group_{i}": scheme.described(targets[i]) for i, (scheme, _) in enumerate(groups)},
-            "ignore": [name for name in linears if name not in set(contents.names)],
+            "ignore": contents.dense_linears(),
             "kv_cache_scheme": None,
         }
 

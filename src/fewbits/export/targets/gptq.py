@@ -16,7 +16,7 @@ from torch import Tensor
 from fewbits.core.checks import check_group_size
 from fewbits.core.errors import InputError
 from fewbits.export.contents import Contents
-from fewbits.export.folder import copy_companions, quantization_config, write_config, write_shards
+from fewbits.export.folder import compressed_modules, copy_companions, quantization_config, write_config, write_shards
 from fewbits.export.grids import Grid, in_16_bits, nearest_grid, read_grid
 from fewbits.export.target import Target
 from fewbits.export.words import from_words, to_words
@@ -54,8 +54,7 @@ class Gptq(Target):
         return grid if isinstance(grid, str) else self._refuses_grid(grid)
 
     def refuses_model(self, contents: Contents) -> str | None:
-        experts = next((name for name in contents.names if contents.experts_of(name) is not None), None)
-        return None if experts is None else f"{experts} is an expert, which other engines keep in a layout of their own"
+        return contents.unfit_module(LINEAR)
 
     def requantize(self, stored: StoredLinear) -> StoredLinear | None:
         """The nearest grid, and inputs as they are; None where a row or column does not fill words."""
@@ -77,11 +76,9 @@ class Gptq(Target):
 
     def read(self, path: Path) -> Iterator[tuple[str, StoredLinear]]:
         source, described = open_model(path), quantization_config(path)
-        modules, names = dict(source.shell().named_modules()), set(source.tensor_names())
+        names = set(source.tensor_names())
         older = described.get("checkpoint_format", "gptq") == "gptq"
-        for name in [one.removesuffix(".qweight") for one in source.tensor_names() if one.endswith(".qweight")]:
-            if not isinstance(modules.get(name), LINEAR):
-                raise InputError(f"{path}: {name} is compressed and no linear layer of the model; another layout would be right")
+        for name in compressed_modules(source, "qweight", LINEAR):
             held = {part: source.tensor(f"{name}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx") if f"{name}.{part}" in names}
             try:
                 yield name, StoredLinear(_read(held, _settings_of(name, described), older).stored())
@@ -118,9 +115,8 @@ class Gptq(Target):
         texts = Counter(json.dumps(one) for one in layers.values())
         most = json.loads(texts.most_common(1)[0][0])
         others = {f"+:^{re.escape(name)}$": one for name, one in layers.items() if one != most}
-        inside = [name for name, module in contents.shell.named_modules() if isinstance(module, LINEAR)]
         head = contents.shell.get_output_embeddings()
-        kept = [name for name in inside if name not in layers and contents.shell.get_submodule(name) is not head]
+        kept = [name for name in contents.dense_linears(LINEAR) if contents.shell.get_submodule(name) is not head]
         others |= {f"-:^{re.escape(name)}$": {} for name in kept}
         config = {"quant_method": "gptq", **most, "checkpoint_format": self.checkpoint_format, "lm_head": False}
         return config | {"true_sequential": True, "damp_percent": 0.01, "static_groups": False} | ({"dynamic": others} if others else {})
