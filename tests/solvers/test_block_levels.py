@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fewbits.core.errors import InputError
 from fewbits.formats.block_grid import GRIDS, get_grid
-from fewbits.solvers.block_levels import fit_block_levels, fit_units, grouped, round_to_blocks, unit_fields
+from fewbits.solvers.block_levels import fit_real, grouped, round_to_blocks, to_levels, to_units, unit_fields
 
 
 def drawn(rows, columns, seed=0, shift=0.0):
@@ -37,8 +37,9 @@ def test_no_neighbouring_scale_is_better(name):
     grid = GRIDS[name]
     weight = grouped(drawn(8, grid.span), grid.group_size)
     importance = torch.rand(grid.groups, grid.group_size, generator=torch.Generator().manual_seed(1))
-    units = fit_units(weight, importance, grid)
-    levels = fit_block_levels(weight, importance, grid, units)
+    fitted = fit_real(weight, importance, grid)
+    units = to_units(fitted, grid)
+    levels = to_levels(fitted, weight, importance, grid, units)
     most = 2**grid.scale_bits - 1
 
     def loss(stored):

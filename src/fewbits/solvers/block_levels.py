@@ -51,11 +51,25 @@ def grouped(values: Tensor, size: int) -> Tensor:
     return values.unflatten(-1, (-1, size))
 
 
-def fit_units(weight: Tensor, importance: Tensor, grid: BlockGrid) -> Units:
-    """Of one span: `weight [rows, groups, size]`, errors counted by `importance [groups, size]`."""
+def fit_real(weight: Tensor, importance: Tensor, grid: BlockGrid) -> tuple[Tensor, Tensor]:
+    """Real steps and minimums `[rows, groups]` of the least error found, for `weight [rows, groups, size]`.
+
+    Errors are counted by `importance [groups, size]`.
+    """
+    counted = importance.float() + 1e-6 * importance.float().mean().clamp(min=1e-30)
+    best: tuple[Tensor, ...] = ()
+    for codes in _trial_codes(weight, grid):
+        step, minimum = _least_squares(weight, counted, codes, grid)
+        loss = _loss(weight, counted, step, minimum, grid.bits)
+        best = _better(best, (loss, step, minimum))
+    return best[1], best[2]
+
+
+def to_units(fitted: tuple[Tensor, Tensor], grid: BlockGrid) -> Units:
+    """Of one span, from the real steps and minimums `[rows, groups]` that `fit_real` found for its groups."""
     if grid.scale_bits is None:
         return Units()
-    steps, minimums = _fit(weight, importance, grid)
+    steps, minimums = fitted
     if grid.minimums:
         most = 2**grid.scale_bits - 1
         return Units(_half(steps.amax(1, keepdim=True) / most), _half(-minimums.amin(1, keepdim=True) / most))
@@ -63,9 +77,9 @@ def fit_units(weight: Tensor, importance: Tensor, grid: BlockGrid) -> Units:
     return Units(_half(-largest / 2 ** (grid.scale_bits - 1)))
 
 
-def fit_block_levels(weight: Tensor, importance: Tensor, grid: BlockGrid, units: Units) -> Levels:
-    """Steps and minimums as they are stored, of groups `[rows, groups, size]` in one span with `units`."""
-    steps, minimums = _fit(weight, importance, grid)
+def to_levels(fitted: tuple[Tensor, Tensor], weight: Tensor, importance: Tensor, grid: BlockGrid, units: Units) -> Levels:
+    """Real steps and minimums as they are stored, of groups `weight [rows, groups, size]` in one span with `units`."""
+    steps, minimums = fitted
     if units.scales is None:
         stored = {"scales": _half(steps).half()} | ({"minimums": _half(minimums).half()} if grid.minimums else {})
         steps = stored["scales"].float()
@@ -125,21 +139,11 @@ def _spans(weight: Tensor, importance: Tensor, grid: BlockGrid) -> Iterator[tupl
 
 def _round_span(weight: Tensor, importance: Tensor, grid: BlockGrid) -> dict[str, Tensor]:
     parts, counted = grouped(weight, grid.group_size), grouped(importance, grid.group_size)
-    units = fit_units(parts, counted, grid)
-    levels = fit_block_levels(parts, counted, grid, units)
+    fitted = fit_real(parts, counted, grid)
+    units = to_units(fitted, grid)
+    levels = to_levels(fitted, parts, counted, grid, units)
     codes = levels.codes(parts, grid.bits).flatten(1)[:, : weight.shape[1]].to(torch.uint8)
     return {"codes": codes, **levels.stored, **unit_fields(units)}
-
-
-def _fit(weight: Tensor, importance: Tensor, grid: BlockGrid) -> tuple[Tensor, Tensor]:
-    """Real steps and minimums `[rows, groups]` of the least weighted error found."""
-    counted = importance.float() + 1e-6 * importance.float().mean().clamp(min=1e-30)
-    best: tuple[Tensor, ...] = ()
-    for codes in _trial_codes(weight, grid):
-        step, minimum = _least_squares(weight, counted, codes, grid)
-        loss = _loss(weight, counted, step, minimum, grid.bits)
-        best = _better(best, (loss, step, minimum))
-    return best[1], best[2]
 
 
 def _trial_codes(weight: Tensor, grid: BlockGrid) -> Iterator[Tensor]:

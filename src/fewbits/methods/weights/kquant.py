@@ -11,7 +11,7 @@ from fewbits.core.checks import check_positive
 from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.block_grid import BlockGrid, get_grid
-from fewbits.solvers.block_levels import Levels, Units, fit_block_levels, fit_units, grouped, round_to_blocks, unit_fields
+from fewbits.solvers.block_levels import Levels, Units, fit_real, grouped, round_to_blocks, to_levels, to_units, unit_fields
 from fewbits.solvers.error_feedback import Factor, error_feedback, factorize_ordered
 from fewbits.statistics.hessian import Hessian
 
@@ -98,10 +98,11 @@ class _Walk:
         return {"codes": self.codes.T.contiguous()} | found
 
     def _begin_span(self, weight: Tensor, start: int) -> None:
-        self.units.append(fit_units(*self._grouped(weight, start), self.grid))
+        self.units.append(to_units(fit_real(*self._grouped(weight, start), self.grid), self.grid))
 
     def _begin_group(self, weight: Tensor, start: int) -> None:
-        self.levels.append(fit_block_levels(*self._grouped(weight, start), self.grid, self.units[-1]))
+        parts, importance = self._grouped(weight, start)
+        self.levels.append(to_levels(fit_real(parts, importance, self.grid), parts, importance, self.grid, self.units[-1]))
 
     def _grouped(self, weight: Tensor, start: int) -> tuple[Tensor, Tensor]:
         importance = self.importance[start : start + weight.shape[1]]
