@@ -4,7 +4,7 @@ function drawTop() {
   const text = record.settings.text, best = results.dense;
   const facts = [
     ["configurations", rows.length], ["measured on", text.data], ["tokens", best.tokens.toLocaleString("en")], ["dense perplexity", fixed(best.perplexity, 3)],
-    ["all of it took", seconds(record.seconds)],
+    ["this run took", seconds(record.seconds)],
   ];
   byId("facts").replaceChildren(...facts.map(([name, value]) => make("span", {}, `${name} `, make("b", {}, String(value)))));
 }
