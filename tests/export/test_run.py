@@ -185,6 +185,29 @@ def test_every_export_is_audited(compressed, uniform, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+class Forgetful(Gptq):
+    """Writes zero points as the other layout has them, or one layer less."""
+
+    def __init__(self, what):
+        super().__init__()
+        object.__setattr__(self, "what", what)
+
+    def _tensors(self, contents, described):
+        for name, tensor in super()._tensors(contents, described):
+            if self.what == "zero points" and name == f"{LAYER}.qzeros":
+                yield name, tensor + 0x11111111
+            elif self.what != "layer" or not name.startswith(LAYER):
+                yield name, tensor
+
+
+@pytest.mark.parametrize(("what", "said"), [("zero points", f"{LAYER} does not read back"), ("layer", f"{LAYER} did not read back")])
+def test_what_does_not_read_back_is_a_failure_of_ours(what, said, compressed, uniform, tmp_path):
+    folder = compressed(uniform(4, 16, symmetric=True))
+    with pytest.raises(FewbitsError, match=said):
+        export(folder, Forgetful(what), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
 class Single(Target):
     """One file."""
 

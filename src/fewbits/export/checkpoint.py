@@ -144,10 +144,15 @@ def read_layers(path: Path, inside: str = "", memory: int | str | None = None) -
     for layer, described in settings.items():
         if inside and not layer.startswith(f"{inside}."):
             continue
-        module = CompressedLinear.empty(shortened(described, counts.get(layer)))
-        for name in module.state_dict():
-            setattr(module, name, source.tensor(f"{layer}.{name}"))
-        yield layer, module.stored
+        yield layer, read_layer(source, layer, shortened(described, counts.get(layer)))
+
+
+def read_layer(source: ModelSource, layer: str, described: Mapping[str, Any]) -> StoredLinear:
+    """One compressed linear of the checkpoint `source`, of what its settings say."""
+    module = CompressedLinear.empty(described)
+    for name in module.state_dict():
+        setattr(module, name, source.tensor(f"{layer}.{name}"))
+    return module.stored
 
 
 def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32, memory: int | str | None = None) -> PreTrainedModel:

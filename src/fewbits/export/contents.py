@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fewbits.core.errors import InputError
-from fewbits.export.checkpoint import CONFIG, is_checkpoint, read_layers, read_settings
+from fewbits.export.checkpoint import CONFIG, is_checkpoint, read_layer, read_settings
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.experts import SeparateExperts
 from fewbits.models.source import ModelSource, open_model
@@ -52,21 +52,29 @@ class Contents:
         return {name: value for name, value in found.items() if name != "quantization_config"}
 
     @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return read_settings(self.path)
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Names of the compressed linears, in the order of `layers`."""
-        return tuple(read_settings(self.path))
+        return tuple(self._settings)
 
     def layers(self) -> Iterator[tuple[str, StoredLinear]]:
         """Name and stored value `[out, in]` of every compressed linear, one at a time; an `offset` is in the bias that `dense` gives."""
-        for name, stored in read_layers(self.path):
-            yield name, self.change(name, stored)
+        for name in self.names:
+            yield name, self.layer(name)
+
+    def layer(self, name: str) -> StoredLinear:
+        """One of `layers`."""
+        return self.change(name, read_layer(self.source, name, self._settings[name]))
 
     def dense(self) -> Iterator[tuple[str, Tensor]]:
         """Everything else by its name, in the dtype of the file: embeddings, norms, head, buffers, biases of compressed linears.
 
         Where a layer stores an offset of its outputs, its bias holds it; `run.export` lets no layer pass that has no bias for it.
         """
-        settings = read_settings(self.path)
+        settings = self._settings
         held = {f"{layer}.{name}" for layer, one in settings.items() for name in CompressedLinear.empty(one).state_dict()}
         for name in self.source.tensor_names():
             if name not in held:
