@@ -79,11 +79,16 @@ def write_adapter(model: nn.Module | str | Path, output: str | Path) -> LoraConf
         raise InputError(f"{output} exists and is not empty; another name, or removing it, would be right")
     base = None if isinstance(model, nn.Module) else str(model)
     adapter = find_adapter(model if isinstance(model, nn.Module) else load_checkpoint(Path(model)))
+    output.mkdir(parents=True, exist_ok=True)
+    return write_factors(adapter, base, output)
+
+
+def write_factors(adapter: Adapter, base: str | None, output: Path) -> LoraConfig:
+    """Write a PEFT folder's two files of factors by layer name into the folder `output`; `base` is what the file says of its model."""
     tensors: dict[str, Tensor] = {}
     for name, (left, right) in adapter.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = right.contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = left.contiguous()
-    output.mkdir(parents=True, exist_ok=True)
     config = _config(adapter, base)
     config.save_pretrained(str(output))
     save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})

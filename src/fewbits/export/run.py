@@ -155,8 +155,8 @@ def _write(contents: Contents, target: Target, output: Path) -> dict[str, int]:
     if output.exists():
         output.rmdir()
     partial.rename(output)
-    files = [output] if target.single_file else sorted(output.iterdir())
-    return {file.name: file.stat().st_size for file in files}
+    files = [output] if target.single_file else sorted(file for file in output.rglob("*") if file.is_file())
+    return {output.name if file == output else str(file.relative_to(output)): file.stat().st_size for file in files}
 
 
 def _remove(path: Path) -> None:
