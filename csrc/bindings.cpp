@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "attention.h"
+#include "feedback_job.h"
 #include "kmeans.h"
 #include "runtime.h"
 
@@ -281,6 +282,24 @@ void best_edges(const std::vector<uint64_t>& sums, int64_t rows, int64_t n, int6
   fewbits::best_edges(at(0), at(1), at(2), rows, n, count, reinterpret_cast<int64_t*>(edges), threads);
 }
 
+// `sizes`: rows, columns, first, last, end and the largest code; addresses in the order of the fields.
+void feed_back(const std::string& isa, const std::vector<int64_t>& sizes, const std::vector<uint64_t>& buffers, int threads) {
+  require(sizes.size() == 6, "six sizes are needed");
+  const int64_t rows = sizes[0], columns = sizes[1];
+  require(rows >= 1 && columns >= 1 && rows <= largest / columns && columns <= largest / columns, "sizes are out of range");
+  require(0 <= sizes[2] && sizes[2] <= sizes[3] && sizes[3] <= sizes[4] && sizes[4] <= columns, "columns to round are not in the matrix");
+  require(sizes[5] >= 1 && sizes[5] <= 255, "the largest code must be of 1 to 8 bits");
+  const int64_t bytes[] = {rows * columns * 4, rows * columns * 4, rows * columns, columns * columns * 4, rows * 4, rows * 4};
+  require(buffers.size() == 12, "six buffers are needed");
+  for (int i = 0; i < 6; ++i) require(buffers[2 * i] != 0 && buffers[2 * i + 1] == static_cast<uint64_t>(bytes[i]), "a buffer is not of the size that it must have");
+  const auto floats = [&](int place) { return reinterpret_cast<float*>(buffers[2 * place]); };
+  const fewbits::FeedBack job{floats(0), floats(1), reinterpret_cast<uint8_t*>(buffers[4]), floats(3), floats(4), floats(5),
+                              rows,      columns,   sizes[2],                               sizes[3],  sizes[4],  static_cast<float>(sizes[5])};
+  const fewbits::Kernels& kernels = fewbits::find_kernels(isa);
+  nb::gil_scoped_release released;
+  fewbits::feed_back(kernels, job, threads);
+}
+
 int64_t prefer_large_pages(uint64_t address, int64_t bytes) {
   require(bytes >= 0 && (address != 0 || bytes == 0), "memory has no address");
   return fewbits::prefer_large_pages(reinterpret_cast<void*>(address), bytes);
@@ -300,5 +319,7 @@ NB_MODULE(_native, module) {
              "Where the clusters of sorted numbers begin and end.");
   module.def("prefer_large_pages", &prefer_large_pages, nb::arg("address"), nb::arg("bytes"),
              "Asks for large pages under memory that is not written yet; the bytes that it was asked for.");
+  module.def("feed_back", &feed_back, nb::arg("isa"), nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"),
+             "Rounds columns one after another and moves each one's error into those after it.");
   module.def("read_pass", &read_pass, nb::arg("address"), nb::arg("bytes"), nb::arg("threads"), "Reads all bytes: what memory can give.");
 }

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "additions.h"
+#include "feedback.h"
 #include "grid.h"
 #include "vectors.h"
 #ifdef FEWBITS_FIXED
@@ -369,7 +370,7 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
 }  // namespace chosen
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, chosen::prepared_floats, chosen::prepare, padded_vectors, chosen::scratch_floats, chosen::multiply, decode};
+  return {name, chosen::prepared_floats, chosen::prepare, padded_vectors, chosen::scratch_floats, chosen::multiply, decode, feed_back};
 }
 
 }  // namespace FEWBITS_ISA

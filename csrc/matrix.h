@@ -70,6 +70,8 @@ struct Product {
   std::atomic<bool>* broken = nullptr;  // set where a sparse matrix points outside of itself
 };
 
+struct FeedBack;  // feedback_job.h
+
 // What one instruction set offers. Every function works on a range and on memory it is handed, so that threads share nothing.
 struct Kernels {
   const char* name;
@@ -79,8 +81,10 @@ struct Kernels {
   int64_t (*scratch_floats)(const Coded&, int64_t vectors);  // room that a thread needs for itself
   void (*multiply)(const Product&, const float* prepared, int64_t first, int64_t last, float* scratch);
   void (*decode)(const Coded&, int64_t first, int64_t last, void* out, Number number, float* scratch);
+  void (*feed_back)(const FeedBack&, int64_t row, int64_t count);  // at most feedback_rows rows
 };
 
+constexpr int64_t feedback_rows = 32;
 constexpr int64_t chunk_rows = 32;  // rows of a matrix that a thread takes at a time
 
 }  // namespace fewbits

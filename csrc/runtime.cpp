@@ -9,6 +9,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "feedback_job.h"
 #include "threads.h"
 
 namespace fewbits {
@@ -137,6 +138,20 @@ void decode(const Kernels& kernels, const Coded& matrix, int64_t first, int64_t 
     job.kernels.decode(job.matrix, from, to, job.out + (from - job.first) * job.matrix.columns * size, job.number, job.scratch + worker * job.scratch_each);
   };
   run_tasks(threads, (last - first + chunk_rows - 1) / chunk_rows, work, &job);
+}
+
+void feed_back(const Kernels& kernels, const FeedBack& given, int threads) {
+  struct Job {
+    const Kernels& kernels;
+    const FeedBack& given;
+  };
+  Job job{kernels, given};
+  const auto work = [](void* context, int64_t task, int) {
+    const Job& job = *static_cast<Job*>(context);
+    const int64_t row = task * feedback_rows;
+    job.kernels.feed_back(job.given, row, std::min(feedback_rows, job.given.rows - row));
+  };
+  run_tasks(std::max(threads, 1), (given.rows + feedback_rows - 1) / feedback_rows, work, &job);
 }
 
 uint64_t read_pass(const void* data, int64_t bytes, int threads) {

@@ -19,6 +19,9 @@ void multiply(const Kernels& kernels, const Product& product, int threads);
 // Rows first to last of the matrix, dense, into `out [last - first, columns]`.
 void decode(const Kernels& kernels, const Coded& matrix, int64_t first, int64_t last, void* out, Number number, int threads);
 
+// The column loop of error feedback, rows divided among threads: results do not depend on how many there are.
+void feed_back(const Kernels& kernels, const FeedBack& job, int threads);
+
 // Reads all bytes and does nothing with them: what memory can give. The result is there so that nothing is left out.
 uint64_t read_pass(const void* data, int64_t bytes, int threads);
 

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from fewbits.core.errors import InputError, NumericsError
-from fewbits.solvers.error_feedback import error_feedback, factorize
+from fewbits.formats.ranges import fit_uniform, round_codes
+from fewbits.kernels import native
+from fewbits.solvers.error_feedback import Run, error_feedback, factorize
 
 
 def problem(rows=6, columns=40, seed=0):
@@ -78,3 +80,53 @@ def test_a_factor_of_another_size_is_refused():
     weight, hessian = problem()
     with pytest.raises(InputError, match="do not fit a weight of 12 columns"):
         error_feedback(weight[:, :12], factorize(hessian), to_grid)
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+@pytest.mark.parametrize("isa", native.available())
+@pytest.mark.parametrize(("rows", "columns", "group"), [(5, 40, 40), (70, 96, 16), (33, 200, 64), (32, 130, 7)])
+def test_a_kernel_rounds_runs_of_columns_as_the_definition_does(monkeypatch, isa, rows, columns, group):
+    generator = torch.Generator().manual_seed(columns)
+    weight = torch.randn(rows, columns, generator=generator)
+    inputs = torch.randn(3 * columns, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
+    factor = factorize(inputs.T @ inputs, dtype=torch.float32)
+    found = []
+    for choice in (isa, "none"):
+        monkeypatch.setenv("FEWBITS_FORCE_ISA", choice)
+        grid = Grid(weight, bits=3, group=group)
+        rounded, errors = error_feedback(weight, factor, grid, block_size=32, fresh_every=group)
+        found.append((rounded, errors, grid.codes))
+        # What is stored stands for what the engine returns, whoever rounded.
+        decoded = (grid.codes.T.float() - grid.zeros.T.repeat_interleave(group, 1)[:, :columns]) * grid.scales.T.repeat_interleave(
+            group, 1
+        )[:, :columns]
+        assert torch.equal(decoded, rounded)
+        lost = (weight - rounded).double()
+        assert float(errors.double().square().sum()) == pytest.approx(float(((lost @ factor.hessian) * lost).sum()), rel=1e-4)
+    # Sums are rounded in another order: a weight that lies between two levels may fall on the other one.
+    same = (found[0][2] == found[1][2]).float().mean()
+    assert float(same) > 0.97
+    assert float(found[0][1].square().sum()) == pytest.approx(float(found[1][1].square().sum()), rel=0.02)
+
+
+class Grid:
+    """A grid fitted on each group as it stands when its first column comes."""
+
+    def __init__(self, weight, bits, group):
+        rows, columns = weight.shape
+        self.bits, self.group, groups = bits, group, -(-columns // group)
+        self.scales, self.zeros = torch.zeros(groups, rows), torch.zeros(groups, rows)
+        self.codes = torch.zeros(columns, rows, dtype=torch.uint8)
+
+    def run(self, j, current):
+        place = j // self.group
+        if j % self.group == 0:
+            scale, zero = fit_uniform(current[:, j : j + self.group], self.bits)
+            self.scales[place], self.zeros[place] = scale[:, 0], zero[:, 0]
+        return Run((place + 1) * self.group, self.scales[place], self.zeros[place], self.codes, self.bits)
+
+    def __call__(self, j, column, current):
+        run = self.run(j, current)
+        code = round_codes(column, run.scales, run.zeros, self.bits)
+        self.codes[j] = code.to(torch.uint8)
+        return (code - run.zeros) * run.scales

@@ -109,6 +109,26 @@ def read_pass(tensor: Tensor) -> int:
     return int(_extension.read_pass(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads()))
 
 
+def feed_back(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor], grid: tuple[Tensor, Tensor], columns: tuple[int, int, int], largest: int
+) -> bool:
+    """Error feedback on columns first to last of a block that goes on to end; `solvers/error_feedback.py` defines it.
+
+    Tensors are `current`, `errors [columns, rows]`, `codes [columns, rows]` in uint8 and `upper [columns, columns]`, the grid is
+    scales and zero points `[rows]`. Changes the first three. False where no kernel serves their dtypes or devices.
+    """
+    isa = None if _extension is None else chosen()
+    current, errors, codes, upper = tensors
+    held = (current, errors, codes, upper, *grid)
+    floats = all(one.dtype == torch.float32 for one in (current, errors, upper, *grid)) and codes.dtype == torch.uint8
+    if isa is None or not floats or any(one.device.type != "cpu" or not one.is_contiguous() for one in held):
+        return False
+    assert _extension is not None
+    sizes = (current.shape[1], current.shape[0], *columns, largest)
+    _extension.feed_back(isa, sizes, _buffers(held), torch.get_num_threads())
+    return True
+
+
 def in_large_pages(tensor: Tensor) -> Tensor:
     """A copy in memory of large pages, which kernels read faster than small ones or a mapped file's; small tensors, and those that
     are not on the CPU or where no kernel was built, as they are.

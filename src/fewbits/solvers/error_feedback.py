@@ -9,14 +9,37 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
 from fewbits.core.errors import InputError, NumericsError
+from fewbits.kernels import native
 
 Quantizer = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring columns on one uniform grid for each row: what a kernel can round without being asked for each column."""
+
+    last: int  # the first column that is not of the run
+    scales: Tensor  # [rows]
+    zeros: Tensor  # [rows], whole numbers
+    codes: Tensor  # uint8 [columns, rows], written by the engine
+    bits: int
+
+
+@runtime_checkable
+class UniformGrid(Protocol):
+    """A hook whose grids are uniform, so that runs of columns need not be asked for one by one."""
+
+    def run(self, j: int, current: Tensor) -> Run:
+        """The columns from j on that have the grids of column j, fitted now where it is time; `current` as for a Quantizer."""
+
+
 _log = logging.getLogger(__name__)
 _RETRIES = 4
 
@@ -110,14 +133,32 @@ def error_feedback(
         raise InputError(f"a factor of {len(factor.upper)} columns and block_size={block_size} do not fit a weight of {columns} columns")
     upper = factor.upper.to(weight.dtype)
     # Columns are worked on one by one: the transpose makes each of them contiguous.
-    current, errors = weight.T.clone(), weight.new_empty(columns, rows)
+    current, errors = weight.T.contiguous().clone(), weight.new_empty(columns, rows)
     fresh = fresh_every or columns
     starts = [s for group in range(0, columns, fresh) for s in range(group, min(group + fresh, columns), block_size)]
     for start, end in pairwise([*starts, columns]):
-        for j in range(start, end):
-            original = current[j].clone()
-            current[j] = quantize(j, original, current.T)
-            errors[j] = (original - current[j]) / upper[j, j]
-            current[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j], alpha=-1)
+        j = start
+        while j < end:
+            run = quantize.run(j, current.T) if isinstance(quantize, UniformGrid) else None
+            last = end if run is None else min(run.last, end)
+            if run is None or not _round_run(run, (current, errors, upper), (j, last, end)):
+                _round_columns(quantize, (current, errors, upper), (j, last, end))
+            j = last
         current[end:].addmm_(upper[start:end, end:].T, errors[start:end], alpha=-1)
     return current.T.contiguous(), errors.T
+
+
+def _round_columns(quantize: Quantizer, matrices: tuple[Tensor, Tensor, Tensor], columns: tuple[int, int, int]) -> None:
+    """Columns first to last, each one's error taken from those after it up to end: the definition of `native.feed_back`."""
+    (current, errors, upper), (first, last, end) = matrices, columns
+    for j in range(first, last):
+        original = current[j].clone()
+        current[j] = quantize(j, original, current.T)
+        errors[j] = (original - current[j]) / upper[j, j]
+        current[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j], alpha=-1)
+
+
+def _round_run(run: Run, matrices: tuple[Tensor, Tensor, Tensor], columns: tuple[int, int, int]) -> bool:
+    """The same for columns of one grid, by a kernel; False where none serves."""
+    current, errors, upper = matrices
+    return native.feed_back((current, errors, run.codes, upper), (run.scales, run.zeros), columns, 2**run.bits - 1)

@@ -13,7 +13,7 @@ from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.permutation import Permutation
 from fewbits.formats.ranges import Search, fit_groups, fit_uniform, round_codes
 from fewbits.formats.uniform import Uniform
-from fewbits.solvers.error_feedback import Factor, error_feedback, factorize_ordered
+from fewbits.solvers.error_feedback import Factor, Run, error_feedback, factorize_ordered
 from fewbits.statistics.hessian import Hessian
 
 
@@ -86,13 +86,19 @@ class _Grid:
         self.scales, self.zeros = scales.T.half().to(weight.dtype).contiguous(), zeros.T.contiguous()
         self.codes = torch.empty(columns, rows, dtype=torch.uint8)
 
-    def __call__(self, j: int, column: Tensor, current: Tensor) -> Tensor:
+    def run(self, j: int, current: Tensor) -> Run:
         group = self.groups[j]
         if self.dynamic and j % self.size == 0:
             method, group_now = self.method, current[:, j : j + self.size]
             scale, zero = fit_uniform(group_now, method.bits, symmetric=method.symmetric, search=method.search)
-            self.scales[group], self.zeros[group] = scale[:, 0].half().to(column.dtype), zero[:, 0]
-        scale, zero = self.scales[group], self.zeros[group]
-        code = round_codes(column, scale, zero, self.method.bits)
+            self.scales[group], self.zeros[group] = scale[:, 0].half().to(current.dtype), zero[:, 0]
+        last = j + 1
+        while last < len(self.groups) and self.groups[last] == group:
+            last += 1
+        return Run(last, self.scales[group], self.zeros[group], self.codes, self.method.bits)
+
+    def __call__(self, j: int, column: Tensor, current: Tensor) -> Tensor:
+        run = self.run(j, current)
+        code = round_codes(column, run.scales, run.zeros, run.bits)
         self.codes[j] = code.to(torch.uint8)
-        return (code - zero) * scale
+        return (code - run.zeros) * run.scales
