@@ -14,9 +14,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fewbits import api
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import CompressedTensor
+from fewbits.export.grids import read_grid
 from fewbits.export.run import export
 from fewbits.export.target import get_target
-from fewbits.export.targets.gptq import Gptq
+from fewbits.export.targets.gptq import Gptq, _read
 from fewbits.formats.permutation import Permutation
 from fewbits.formats.uniform import Uniform
 from fewbits.layers.activation import TokenQuantizer
@@ -84,7 +85,13 @@ def test_an_independent_reader_makes_the_same_weight(bits, columns, size, older,
     layer = stored(bits, 32, columns, size, order=order, seed=seed)
     target = Gptq("gptq" if older else "gptq_v2")
     assert target.refuses(layer) is None
-    assert torch.equal(read_as_described(tensors_of(target, layer), "one", bits, older), layer.weight.decode())
+    described, tensors = {}, {}
+    for name, tensor in target._tensors(One(layer), described):
+        tensors[name] = tensor.contiguous()
+    assert torch.equal(read_as_described(tensors, "one", bits, older), layer.weight.decode())
+    read = _read({name.removeprefix("one."): tensor for name, tensor in tensors.items()}, described["one"], older)
+    assert torch.equal(read.input_codes(), read_grid(layer.weight).input_codes())
+    assert torch.equal(read.stored().decode(), layer.weight.decode())
 
 
 @pytest.mark.parametrize(
