@@ -66,3 +66,28 @@ def test_the_rank_is_what_half_a_bit_pays_for(shape, rank):
     rows, columns = shape
     assert affordable_rank(rows, columns, 64, 0.5) == rank
     assert rank == 1 or 16 * rank * (rows + columns) / (rows * columns) <= 0.5
+
+
+def test_what_the_solver_prints_of_its_own_does_not_reach_standard_output(capfd):
+    """HiGHS says a line of its debugging on this problem; a program's JSON would be broken by it."""
+    random = np.random.default_rng(2)
+    weights = random.integers(4, 40, 56) * 1000
+    sizes = weights[:, None] * np.array([2, 3, 4, 8]) + random.integers(0, 2, (56, 4)) * 500
+    costs = random.exponential(1, (56, 1)) * np.exp(-1.4 * np.array([2, 3, 4, 8])) * random.uniform(0.9, 1.1, (56, 4))
+    found = choose(costs.tolist(), sizes.tolist(), 3.5 * weights.sum())
+    assert capfd.readouterr() == ("", "") and total(sizes, found) <= 3.5 * weights.sum()
+    print("said")
+    assert capfd.readouterr().out == "said\n"
+
+
+def test_whole_sizes_may_fill_the_budget_to_the_last_bit():
+    """Nothing is kept back for the solver's tolerance where sums are whole numbers."""
+    sizes = [[20480, 40960, 81920]] * 40
+    found = choose([[9.0, 3.0, 1.0]] * 40, sizes, 40960 * 40)
+    assert total(sizes, found) == 40960 * 40 and found == [1] * 40
+    assert choose([[9.0, 3.0, 1.0]] * 40, sizes, 40960 * 40 - 1).count(0) == 1
+
+
+def test_layers_that_no_number_tells_apart_are_served_in_their_order():
+    costs, sizes = [[5.0, 2.0], [7.0, 1.0], [5.0, 2.0], [5.0, 2.0]], [[2.0, 4.0]] * 4
+    assert choose(costs, sizes, 12.0) == [1, 1, 0, 0]

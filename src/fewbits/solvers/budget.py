@@ -10,6 +10,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import block_diag
 
 from fewbits.core.errors import InputError, NumericsError
+from fewbits.core.quiet import without_native_prints
 
 
 def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], budget: float, *, seconds: float = 60.0) -> list[int]:
@@ -29,16 +30,15 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], b
     if least > budget:
         raise InputError(f"a budget of {budget:.6g} is too small; at least {least:.6g} would be right")
     one_each = block_diag([np.ones((1, len(chosen))) for chosen in kept])
-    unit = max(float(size.max()), 1e-300)  # numbers near one suit the solver
-    # The constraint is met to a tolerance only: a hair less than the budget is asked for, unless nothing else fits.
-    room = max(budget * (1 - 1e-9), least)
-    found = milp(
-        cost * (1000 / max(float(np.linalg.norm(cost)), 1e-300)),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size[None] / unit, -np.inf, room / unit)],
-        integrality=np.ones(len(cost)),
-        bounds=Bounds(0, 1),
-        options={"time_limit": seconds, "mip_rel_gap": 1e-9},
-    )
+    unit, room = _scaled(size, budget, least)
+    with without_native_prints():
+        found = milp(
+            cost * (1000 / max(float(np.linalg.norm(cost)), 1e-300)),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(size[None] / unit, -np.inf, room)],
+            integrality=np.ones(len(cost)),
+            bounds=Bounds(0, 1),
+            options={"time_limit": seconds, "mip_rel_gap": 1e-9},
+        )
     if found.x is None:
         raise NumericsError(f"the integer program has no solution: {found.message}")
     starts = np.cumsum([0, *(len(chosen) for chosen in kept)])
@@ -66,6 +66,20 @@ def efficient(cost: Sequence[float], size: Sequence[float]) -> np.ndarray:
             kept.append(index)
             least = cost[index]
     return np.asarray(kept)
+
+
+def _scaled(sizes: np.ndarray, budget: float, least: float) -> tuple[float, float]:
+    """What sizes are divided by for the solver, and the most that their sum may then be.
+
+    The solver meets a constraint to a tolerance only. Sums of whole sizes are multiples of their common divisor, so half
+    of it more than the last one within the budget is asked for; of others a hair less than the budget, unless nothing else fits.
+    """
+    if np.array_equal(sizes, np.round(sizes)) and sizes.max() < 2**53:
+        divisor = int(np.gcd.reduce(sizes.astype(np.int64)))
+        if 0 < sizes.max() < 1e5 * divisor:
+            return float(sizes.max()), float((np.floor(budget / divisor) + 0.5) * divisor / sizes.max())
+    unit = max(float(sizes.max()), 1e-300)
+    return unit, max(budget * (1 - 1e-9), least) / unit
 
 
 def _settled(choices: list[int], costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]]) -> list[int]:
