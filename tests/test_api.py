@@ -14,6 +14,7 @@ from fewbits.core.method import BlockMethod, LayerMethod
 from fewbits.core.record import schema
 from fewbits.core.registry import get_method, list_methods
 from fewbits.export import checkpoint
+from fewbits.export import folder as files
 from fewbits.methods.weights.gptq import Gptq
 from fewbits.methods.weights.rtn import Rtn
 from fewbits.pipeline.stream import StreamOptions
@@ -75,7 +76,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(compressed
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     output, _ = compressed
     with pytest.raises(InputError, match="disk is full"):
         checkpoint.write_checkpoint(
@@ -86,14 +87,14 @@ def test_a_full_disk_ends_in_one_line_and_leaves_nothing_half_written(compressed
 
 def test_a_full_disk_while_saving_loses_no_finished_block(tmp_path, monkeypatch):
     full, seen = True, []
-    save = checkpoint.save_file
+    save = files.save_file
 
     def save_file(*given, **named):
         if full:
             raise OSError(28, "No space left on device")
         save(*given, **named)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(files, "save_file", save_file)
     options = StreamOptions(progress=lambda block, *_: seen.append(block))
     with pytest.raises(InputError, match="disk is full"):
         fewbits.compress(MODEL, Rtn(), tmp_path / "out", calibration=SMALL, options=options, probe=None)
@@ -105,13 +106,13 @@ def test_a_full_disk_while_saving_loses_no_finished_block(tmp_path, monkeypatch)
 
 
 def test_what_reads_back_otherwise_than_it_was_written_does_not_count(compressed, tmp_path, monkeypatch):
-    save = checkpoint.save_file
+    save = files.save_file
 
     def one_bit_wrong(tensors, path, **named):
         name = next(name for name in tensors if name.endswith("scales"))
         save(tensors | {name: tensors[name].view(torch.int16).bitwise_xor(1).view(torch.float16)}, path, **named)
 
-    monkeypatch.setattr(checkpoint, "save_file", one_bit_wrong)
+    monkeypatch.setattr(files, "save_file", one_bit_wrong)
     layers = functools.partial(checkpoint.read_layers, compressed[0])
     with pytest.raises(fewbits.FewbitsError, match=r"model\.layers\.0\..*scales.*does not read back"):
         checkpoint.write_checkpoint(tmp_path / "new", fewbits.api.open_model(MODEL), layers, lambda folder: ({}, ""))
