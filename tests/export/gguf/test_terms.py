@@ -84,6 +84,7 @@ REFUSED = {
     "120 columns in groups of 120 do not fill blocks of 32": layer(uniform(4, 120, 120)),
     "scales in float32 are not fp16 numbers": layer(replace(uniform(4, 32), scales=torch.rand(3, 4))),
     "no block type holds a term of kind low_rank": layer(LowRank(Dense(torch.rand(3, 2)), Dense(torch.rand(2, 128)))),
+    "no block type holds a term of kind dense": layer(Dense(torch.zeros(3, 128))),
     "a sum of uniform and dense": layer(uniform(4, 32), Dense(torch.zeros(3, 128))),
     "permutation transforms its inputs": layer(uniform(4, 32), input_transforms=(Permutation.from_order(torch.randperm(128)),)),
     "permutation transforms its outputs": layer(uniform(4, 32), output_transforms=(Permutation.from_order(torch.randperm(3)),)),
@@ -103,7 +104,7 @@ def test_a_layer_that_is_not_exact_is_refused_with_its_reason(reason):
 def test_numbers_are_written_as_they_are():
     for dtype, number in ((torch.float32, 0), (torch.float16, 1), (torch.bfloat16, 30)):
         values = torch.randn(3, 5).to(dtype)
-        blocks = held(layer(Dense(values)))
+        blocks = plain(values)
         assert blocks.type_number == number and torch.equal(blocks.data.view(dtype), values)
     vector = plain(torch.arange(6.0)).ordered(torch.tensor([3, 4, 5, 0, 1, 2]))
     assert vector.shape == (6,) and vector.data.view(torch.float32)[0].tolist() == [3, 4, 5, 0, 1, 2]

@@ -11,7 +11,6 @@ from torch import Tensor
 from fewbits.core.tensor import Term
 from fewbits.export.gguf.blocks import TYPES, BlockType
 from fewbits.formats.block_grid import BlockGrid
-from fewbits.formats.dense import Dense
 from fewbits.formats.stepped import Stepped
 from fewbits.formats.uniform import Uniform
 from fewbits.layers.linear import StoredLinear
@@ -47,8 +46,6 @@ def held(stored: StoredLinear) -> Blocks | str:
     if len(weight.terms) > 1:
         return f"it is a sum of {' and '.join(term.kind for term in weight.terms)}, and a tensor is one block type"
     term = weight.terms[0]
-    if isinstance(term, Dense):
-        return plain(term.decode(term.values.dtype))
     fitted = _uniform(term) if isinstance(term, Uniform) else _stepped(term) if isinstance(term, Stepped) else None
     if fitted is None:
         return f"no block type holds a term of kind {term.kind}"
