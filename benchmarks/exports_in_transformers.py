@@ -4,7 +4,7 @@
     python benchmarks/exports_in_transformers.py [--formats dense compressed-tensors gptq awq aqlm]
 
 Writes results/export/in_transformers.json; rows of formats that are not named stay as they are. The built-in model is compressed
-with rtn, or aqlm without training; the logits of 4 windows of 64 tokens of held-out text are compared in float32: their largest
+with rtn, gptq, or aqlm without training; the logits of 4 windows of 64 tokens of held-out text are compared in float32: their largest
 difference over the largest logit, and the mean KL divergence. An engine may decode weights in 16 bits, which is what shows.
 """
 
@@ -23,9 +23,11 @@ from fewbits import TextSample, api
 from fewbits.core.method import Method
 from fewbits.export.target import get_target
 from fewbits.methods.weights.aqlm import Aqlm
+from fewbits.methods.weights.gptq import Gptq
 from fewbits.methods.weights.rtn import Rtn
 from fewbits.models.source import open_model
 
+FIELDS = ("bits", "group_size", "symmetric", "activation_order")
 RESULT = Path(__file__).parents[1] / "results/export/in_transformers.json"
 MODEL, PACKAGES = "builtin:tiny-lm", ("torch", "transformers", "compressed-tensors", "optimum", "gptqmodel")
 RUNS = {
@@ -38,6 +40,7 @@ RUNS = {
     "gptq": [
         *((Rtn(bits=bits, group_size=64, symmetric=True), "gptq", False) for bits in (2, 3, 4, 8)),
         *((Rtn(bits=bits, group_size=64), "gptq:checkpoint_format=gptq_v2", False) for bits in (2, 3, 4, 8)),
+        (Gptq(bits=4, group_size=64, symmetric=True, activation_order=True), "gptq", False),
     ],
     "awq": [(Rtn(bits=4, group_size=64), "awq", False), (Rtn(bits=4, group_size=64, symmetric=True), "awq", False)],
     "aqlm": [(Aqlm(books=2, book_bits=6, group_size=8, rounds=1, steps=0), "aqlm", False)],
@@ -60,7 +63,7 @@ def measure(method: Method, spec: str, made_dense: bool, work: Path) -> dict[str
     model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32, device_map="cpu", **options)
     theirs = logits(model, windows)
     divergence = torch.nn.functional.kl_div(theirs.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="sum")
-    fields = {"format": spec} | {name: getattr(method, name, None) for name in ("bits", "group_size", "symmetric")}
+    fields = {"format": spec} | {name: getattr(method, name, None) for name in FIELDS}
     return fields | {
         "loaded as": type(model.get_submodule("model.layers.0.mlp.up_proj")).__name__ + (", made dense" if made_dense else ""),
         "largest relative difference": float((theirs - ours).abs().max() / ours.abs().max()),

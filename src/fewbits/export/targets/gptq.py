@@ -119,7 +119,7 @@ class Gptq(Target):
         kept = [name for name in contents.dense_linears(LINEAR) if contents.shell.get_submodule(name) is not head]
         others |= {f"-:^{re.escape(name)}$": {} for name in kept}
         config = {"quant_method": "gptq", **most, "checkpoint_format": self.checkpoint_format, "lm_head": False}
-        return config | {"true_sequential": True, "damp_percent": 0.01, "static_groups": False} | ({"dynamic": others} if others else {})
+        return config | ({"dynamic": others} if others else {})
 
 
 def _grid(stored: StoredLinear) -> Grid | str:

@@ -28,7 +28,7 @@ class Peft(Target):
 
     base: str = "gptq"
 
-    readers: ClassVar[str] = "transformers with the package peft and what reads the base's format; vLLM and SGLang as LoRA"
+    readers: ClassVar[str] = "transformers with the package peft and what reads the base's format"
     extra: ClassVar[str | None] = "peft"
 
     def __post_init__(self) -> None:
