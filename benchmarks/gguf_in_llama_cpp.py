@@ -34,7 +34,7 @@ def in_llama_cpp(folder: Path) -> None:
             quantize(folder / "dense.gguf", folder / f"{name}-{kind}.gguf", number, importance if kind == "importance" else None)
     windows = np.load(folder / "windows.npy")
     for file in sorted(folder.glob("*.gguf")):
-        losses, written = run(file, windows)
+        losses, written = run(file, windows, continuations=0 if file.stem.endswith(OTHERS) else PROMPTS)
         np.savez(file.with_suffix(".npz"), losses=losses, written=written)
         print(file.stem, f"{math.exp(losses.mean()):.3f}", flush=True)
 
@@ -57,8 +57,8 @@ def quantize(source: Path, output: Path, number: int, importance: dict | None) -
         raise RuntimeError(f"llama.cpp could not quantize {source} to {output}")
 
 
-def run(file: Path, windows) -> tuple:
-    """Losses in nats `[windows, tokens - 1]`, and the greedy tokens after the beginnings of the first windows."""
+def run(file: Path, windows, continuations: int) -> tuple:
+    """Losses in nats `[windows, tokens - 1]`, and the greedy tokens after the beginnings of the first `continuations` windows."""
     import llama_cpp
     import numpy as np
 
@@ -71,7 +71,7 @@ def run(file: Path, windows) -> tuple:
         total = np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1)) + logits.max(1)
         losses.append(total - logits[np.arange(len(window) - 1), window[1:]])
     written = []
-    for window in windows[:PROMPTS]:
+    for window in windows[:continuations]:
         tokens = window[:PROMPT].tolist()
         model.reset()
         model.eval(tokens)

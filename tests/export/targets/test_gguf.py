@@ -1,6 +1,7 @@
 """GGUF files beside two other readers: the package gguf, and transformers' own loader, which makes the model dense."""
 
 import json
+import math
 
 import gguf
 import pytest
@@ -167,6 +168,20 @@ def test_what_llama_cpp_computes_otherwise_is_refused(config, says, saved, compr
     small = compressed(on_grid("q4_0"), saved(model))
     with pytest.raises(InputError, match=says):
         export(small, Gguf(), tmp_path / "out.gguf")
+
+
+def test_frequencies_of_llama_3_are_in_the_file(saved, compressed, tmp_path):
+    """By the formula of the model's description: slow pairs by 8, fast ones not, those between by what lies between."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 10000.0}
+    rope |= {"original_max_position_embeddings": 256}
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**(SIZES | {"num_hidden_layers": 1, "head_dim": 16}), rope_parameters=rope))
+    export(compressed(on_grid("q4_0"), saved(model)), Gguf(), tmp_path / "out.gguf")
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}["rope_freqs.weight"]
+    turns = [256 / (2 * math.pi * 10000 ** (pair / 8)) for pair in range(8)]
+    smooth = [(one - 1) / 3 for one in turns]
+    by_hand = [1 if one > 4 else 8 if one < 1 else 1 / ((1 - share) / 8 + share) for one, share in zip(turns, smooth, strict=True)]
+    assert found.tolist() == pytest.approx(by_hand, rel=1e-5) and 1 < by_hand[3] < 8
+    assert len(dict(Gguf().read(tmp_path / "out.gguf"))) == 7
 
 
 def test_an_unknown_architecture_is_named(saved, compressed, tmp_path):

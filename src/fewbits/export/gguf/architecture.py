@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 Setting = int | float | str | bool
+ROTARY_FACTORS = "rope_freqs.weight"  # the one tensor that no parameter of the model is
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,29 @@ def _llama_settings(config: Any) -> dict[str, Setting]:
 
 
 def _llama_reason(config: Any) -> str | None:
-    rope = config.rope_parameters.get("rope_type", "default")
-    if rope != "default":
-        return f"its rotary embedding is of the type {rope!r}, and this writer knows 'default'"
+    rope, known = (
+        config.rope_parameters.get("rope_type", "default"),
+        ("default", "llama3") if config.model_type == "llama" else ("default",),
+    )
+    if rope not in known:
+        return f"its rotary embedding is of the type {rope!r}, and this writer knows {' and '.join(map(repr, known))}"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act!r}, where llama.cpp computes 'silu'"
     windowed = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     if windowed or (config.model_type == "mistral" and config.sliding_window is not None):
         return "its attention looks at a sliding window, which llama.cpp would ignore"
     return "its attention has biases, which llama.cpp does not read" if config.model_type == "qwen3" and config.attention_bias else None
+
+
+def rotary_factors(config: Any) -> Tensor | None:
+    """What llama.cpp divides each pair's frequency by, float32 `[head size / 2]`; None where frequencies are those of the base alone."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") == "default":
+        return None
+    frequencies, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+    size = 2 * len(frequencies)
+    plain = float(rope["rope_theta"]) ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
+    return (plain / frequencies.double()).float()
 
 
 def _gpt2_settings(config: Any) -> dict[str, Setting]:

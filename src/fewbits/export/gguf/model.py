@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import CompressedTensor
 from fewbits.export.contents import Contents
-from fewbits.export.gguf.architecture import ARCHITECTURES, Architecture, Setting
+from fewbits.export.gguf.architecture import ARCHITECTURES, ROTARY_FACTORS, Architecture, Setting, rotary_factors
 from fewbits.export.gguf.blocks import TYPES
 from fewbits.export.gguf.file import GgufFile
 from fewbits.export.gguf.terms import PLAIN, Blocks, held, plain, read_term
@@ -40,6 +40,9 @@ def tensors_of(
         values = _oriented(contents.shell, name, tensor)
         blocks = _embedding(values, embedding, name) if written in _EMBEDDINGS else plain(_precision(values, written in architecture.plain))
         yield written, blocks.ordered(architecture.row_order(name, len(values), settings))
+    factors = rotary_factors(contents.source.config)
+    if factors is not None:
+        yield ROTARY_FACTORS, plain(factors)
     for layer, stored in contents.layers():
         found = held(stored)
         if isinstance(found, str):
@@ -89,9 +92,11 @@ def values_of(blocks: Blocks) -> Tensor:
 
 
 def _named(file: GgufFile) -> Iterator[tuple[str, Blocks]]:
-    """The file's tensors under the model's names, rows in the model's order. Rotary factors and the like have no such name."""
+    """The file's tensors under the model's names, rows in the model's order, but for what follows from the configuration."""
     architecture, settings = read_architecture(file)
     for written, blocks in file.tensors():
+        if written == ROTARY_FACTORS:
+            continue
         name = architecture.parameter_name(written)
         if name is None:
             raise InputError(f"{file.path} holds a tensor {written!r}, which this reader does not know of {architecture.name!r} models")
