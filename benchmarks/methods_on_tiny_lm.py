@@ -108,7 +108,7 @@ SETTINGS = {
         {},
         *(
             {"base": "rtn:group_size=none", "options": "8,4,2", "split": "percentile"} | change
-            for change in ({}, {"measure": "pruning"}, {"measure": "correlation"}, {"order": "reverse"})
+            for change in ({}, {"measure": "pruning"}, {"measure": "correlation", "windows": 64})
         ),
     ],
     "apiq": [{}, {"adapter_rate": 0.0}, {"clip_rate": 0.0}, {"steps": 0}],

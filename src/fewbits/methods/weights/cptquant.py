@@ -50,7 +50,7 @@ class Cptquant(AllocationMethod):
     draws: int = 4
     split: Literal["kmeans", "percentile"] = "kmeans"
     order: Literal["importance", "reverse", "random"] = "importance"
-    windows: int = 64
+    windows: int = 16  # "correlation" wants ten times as many as the directions that are to be compared
     seed: int = 0
 
     paper: ClassVar[Paper] = Paper(
@@ -65,7 +65,7 @@ class Cptquant(AllocationMethod):
         check_range("prune_share", self.prune_share, 0, 1)
         check_range("noise", self.noise, 0, 100)
         check_positive("draws", self.draws, 4)
-        check_positive("windows", self.windows, 64)
+        check_positive("windows", self.windows, 16)
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r} is not known; {', '.join(map(repr, known))} are")
