@@ -3,17 +3,20 @@
     python benchmarks/whole_model.py [results/benchmarks/whole_model.json] [--threads 2] [--rounds 5] [--prompt 128] [--steps 16]
         [--gguf MODEL.gguf --llama-python PYTHON]
 
-Blocks are 4-bit (symmetric, fp16 scales: the numbers of Q4_0), embedding and head bfloat16. The models take turns. llama.cpp runs a file
-of the same shape, which `--write-gguf MODEL.gguf` makes, in a Python that has llama-cpp-python, in the same rounds.
+Blocks are 4-bit (symmetric, fp16 scales: the numbers of Q4_0), embedding and head bfloat16. The models take turns. llama.cpp runs the same
+numbers, in a Python that has llama-cpp-python, in the same rounds: `--write FOLDER` writes them, and
+`fewbits export FOLDER --to gguf -o MODEL.gguf` makes the file.
 """
 
 import argparse
 import json
 import platform
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -21,10 +24,12 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from fewbits.core.record import versions
 from fewbits.core.tensor import CompressedTensor
 from fewbits.evaluation.speed import densified, measure_models, quartiles
+from fewbits.export.checkpoint import write_checkpoint
 from fewbits.formats.uniform import Uniform
 from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.models.source import open_model
 
-SHAPE = {"vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+SHAPE = {"vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 32}
 SHAPE |= {"num_key_value_heads": 4, "max_position_embeddings": 2048}
 GROUP = 32
 
@@ -49,6 +54,17 @@ def random_model(dtype: torch.dtype) -> nn.Module:
         setattr(model.get_submodule(owner), last, nn.Parameter(value.to(dtype), requires_grad=False))
     model.model.rotary_emb = LlamaRotaryEmbedding(config)
     return model
+
+
+def write(folder: Path, model: nn.Module) -> None:
+    """`model` as a compressed folder with the tokenizer of the built-in model, whose vocabulary is as large."""
+    with tempfile.TemporaryDirectory() as temporary:
+        dense = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        model.config.save_pretrained(temporary)
+        open_model("builtin:tiny-lm").tokenizer().save_pretrained(temporary)
+        save_file(dense, Path(temporary) / "model.safetensors", metadata={"format": "pt"})
+        layers = [(name, module.stored) for name, module in model.named_modules() if isinstance(module, CompressedLinear)]
+        write_checkpoint(folder, open_model(temporary), lambda: layers, lambda _: ({}, "Random numbers."))
 
 
 class LlamaCpp:
@@ -88,11 +104,15 @@ def main() -> None:
     for name, default in (("threads", 2), ("rounds", 5), ("prompt", 128), ("steps", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16", help="What the 4-bit model computes in.")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="Write the model, and time nothing.")
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--llama-python")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ours = random_model(getattr(torch, arguments.dtype))
+    if arguments.write is not None:
+        write(arguments.write, ours)
+        return
     other = None
     if arguments.gguf is not None:
         other = LlamaCpp(arguments.llama_python, arguments.gguf, arguments.threads, arguments.prompt, arguments.steps)

@@ -94,7 +94,9 @@ static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) 
   float* levels = zeros + w.groups + lanes;
   const int64_t book = int64_t{1} << w.bits;
   float* rest = levels + book * (w.level_groups > 0 ? w.level_groups : 1);
-  unpack(w.codes + row * w.row_bytes, w.bits, w.columns, codes);
+  const bool evenly = w.levels.kind == Values::none && w.zeros.kind != Values::signs;
+  if (evenly) codes_to_floats(w.codes + row * w.row_bytes, w.bits, w.columns, out, codes);
+  else unpack(w.codes + row * w.row_bytes, w.bits, w.columns, codes);
   if (w.scales.kind != Values::none) read_values(w.scales, w.bits, row, scales, rest);
   if (w.levels.kind != Values::none) read_values(w.levels, w.bits, row, levels, rest);
   else if (w.zeros.kind == Values::signs) read_offsets(w.zeros, row, zeros);
@@ -113,7 +115,7 @@ static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) 
       continue;
     }
     const float zero = w.zeros.kind == Values::none ? static_cast<float>(1 << (w.bits - 1)) : zeros[g], scale = scales[g];
-    for (int64_t c = from; c < to; ++c) out[c] = (static_cast<float>(codes[c]) - zero) * scale;
+    for (int64_t c = from; c < to; ++c) out[c] = (out[c] - zero) * scale;
   }
 }
 

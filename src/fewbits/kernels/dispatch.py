@@ -5,6 +5,7 @@ The kernels are the custom operators `fewbits::multiply` and `fewbits::decode`, 
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 
 import torch
@@ -16,8 +17,9 @@ from fewbits.kernels.layout import Description, entries, has_codes
 FEW_VECTORS = 32  # up to which codes are read as they are; above, a matrix product on decoded weights is faster
 _SPARSE_VECTORS = 256  # that sparse rows are multiplied with at once
 _SPARSE_SHARE = 64  # one entry in so many is few enough for sparse rows to be faster than decoded ones
-_TILE_BYTES = 16 * 2**20  # of decoded weights that are in memory at once
+_TILE_BYTES = 4 * 2**20  # of decoded weights that are in memory at once
 
+_kept = threading.local()
 counts: Counter[str] = Counter()  # how often each path computed in this process: "multiply", "decode", "definition"
 
 
@@ -41,8 +43,9 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
         counts["definition"] += 1
         return None
     rows, columns = matrix.layout[:2]
-    step = max(1, _TILE_BYTES // (columns * inputs.element_size()))
-    parts = [inputs @ _rows(matrix, first, min(first + step, rows), inputs.dtype).T for first in range(0, rows, step)]
+    step = min(rows, max(1, _TILE_BYTES // (columns * inputs.element_size())))
+    room = _room(step, columns, inputs.dtype) if plain else None
+    parts = [inputs @ _rows(matrix, first, min(first + step, rows), inputs.dtype, room).T for first in range(0, rows, step)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
@@ -53,7 +56,22 @@ def decode(matrix: Description | None, dtype: torch.dtype) -> Tensor | None:
     return _rows(matrix, 0, matrix.layout[0], dtype)
 
 
-def _rows(matrix: Description, first: int, last: int, dtype: torch.dtype) -> Tensor:
+def _room(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory of this thread for a tile `[rows, columns]`: what the system gives anew each time costs more than the tile's decoding."""
+    size = rows * columns * dtype.itemsize
+    kept = getattr(_kept, "room", None)
+    if kept is None or kept.numel() < size:
+        kept = _kept.room = native.in_large_pages(torch.empty(max(size, _TILE_BYTES), dtype=torch.uint8))
+    return kept[:size].view(dtype).view(rows, columns)
+
+
+def _rows(matrix: Description, first: int, last: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
+    """Decoded rows, in `room` where there is some."""
+    if room is not None:
+        isa = native.chosen()
+        assert isa is not None
+        counts["decode"] += 1
+        return native.decode(isa, matrix.tensors, matrix.layout, (first, last), dtype, room[: last - first])
     plain = type(matrix.tensors[0]) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
     function = _decode if plain else _decode_op
     return function(matrix.tensors, matrix.layout, first, last, dtype)

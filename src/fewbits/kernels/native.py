@@ -95,10 +95,18 @@ def multiply(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], inputs:
     return outputs
 
 
-def decode(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Rows first to last (not included) of the matrix, dense `[last - first, columns]`."""
+def decode(  # noqa: PLR0913 - the operator's own arguments, and where its result goes
+    isa: str,
+    tensors: Sequence[Tensor],
+    layout: Sequence[int],
+    rows: tuple[int, int],
+    dtype: torch.dtype,
+    outputs: Tensor | None = None,
+) -> Tensor:
+    """Rows first to last (not included) of the matrix, dense `[last - first, columns]`, in `outputs` where that is given."""
     assert _extension is not None
-    outputs = torch.empty(rows[1] - rows[0], layout[1], dtype=dtype)
+    if outputs is None:
+        outputs = torch.empty(rows[1] - rows[0], layout[1], dtype=dtype)
     _extension.decode(isa, layout, _buffers(tensors), *rows, outputs.data_ptr(), _NUMBERS[dtype], torch.get_num_threads())
     return outputs
 
