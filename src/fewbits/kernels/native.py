@@ -95,7 +95,7 @@ def multiply(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], inputs:
     return outputs
 
 
-def decode(  # noqa: PLR0913 - the operator's own arguments, and where its result goes
+def decode(
     isa: str,
     tensors: Sequence[Tensor],
     layout: Sequence[int],
