@@ -10,6 +10,9 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
 
 namespace fewbits {
 namespace {
@@ -86,17 +89,25 @@ struct Pool {
 };
 
 std::atomic<Pool*> pool{nullptr};
+std::atomic<bool> forked{false};
 
 // Threads do not survive a fork: the child starts a pool of its own, and the memory of its parent's is left as it was.
-void forget() { pool.store(nullptr); }
+void forget() {
+  pool.store(nullptr);
+  forked.store(true);
+}
+
+void watch_forks() {
+#if defined(__unix__) || defined(__APPLE__)
+  static const int watched = pthread_atfork(nullptr, nullptr, forget);
+  (void)watched;
+#endif
+}
 
 Pool& the_pool() {
   Pool* found = pool.load();
   if (found == nullptr) {
-#if defined(__unix__) || defined(__APPLE__)
-    static const int watched = pthread_atfork(nullptr, nullptr, forget);
-    (void)watched;
-#endif
+    watch_forks();
     Pool* made = new Pool;  // never deleted: its threads sleep until the process ends
     if (pool.compare_exchange_strong(found, made)) return *made;
     delete made;
@@ -108,6 +119,17 @@ Pool& the_pool() {
 
 void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t, int), void* context) {
   if (threads > tasks) threads = static_cast<int>(tasks);
+#if defined(_OPENMP)
+  // Torch's own operations run on OpenMP's threads, which go on watching for work for a while: a second pool would wait for
+  // their cores. After a fork OpenMP's threads are gone, and it does not know.
+  watch_forks();
+  if (threads > 1 && !forked.load() && omp_in_parallel() == 0) {
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) work(context, task, omp_get_thread_num());
+    return;
+  }
+#endif
   if (threads > 1) {
     Pool& shared = the_pool();
     std::unique_lock<std::mutex> mine(shared.running, std::try_to_lock);

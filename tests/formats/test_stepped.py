@@ -40,7 +40,9 @@ def test_kernels_files_and_the_definition_agree(kind, rows, columns, seed):
     assert torch.equal(term.decode(), term.define()) and term.decode().shape == (rows, columns)
     for vectors in (1, 40):
         inputs = torch.randn(vectors, columns)
-        torch.testing.assert_close(term.matmul(inputs), inputs @ term.define().T, rtol=1e-4, atol=1e-4)
+        # Codes times steps and minimums are summed apart: errors are relative to both, not to their difference.
+        limit = 1e-5 * inputs.abs().sum(-1, keepdim=True) * (1 + term.define().abs().max())
+        assert bool(((term.matmul(inputs) - inputs @ term.define().T).abs() <= limit).all())
     data = save({name: tensor.contiguous() for name, tensor in term.tensors().items()})
     assert torch.equal(from_stored(term.settings(), load(data)).decode(), term.decode())
 

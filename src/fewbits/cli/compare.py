@@ -69,7 +69,7 @@ def compare(  # noqa: PLR0913 - a command has as many options as users need
     out.print(f"dense: perplexity {dense['perplexity']:.3f} on {dense['tokens']} tokens")
     if noise is not None:
         out.print(f"differences below {noise['floor']:.1e} nats are not told from bfloat16 arithmetic")
-    out.print(f"{output / 'report.html'}, table.md, table.csv and compare.json are written")
+    out.print(f"{output / 'report.html'}, table.md, table.csv and compare.json are written", soft_wrap=True)
 
 
 def _show_estimates(found: Mapping[str, Estimate], as_json: bool) -> None:

@@ -38,6 +38,6 @@ def test_more_bits_and_smaller_groups_lose_less():
 
 
 def test_values_out_of_range_are_named():
-    for fields, says in [({"bits": 0}, "bits=0"), ({"group_size": 0}, "group_size=0")]:
+    for fields, says in [({"bits": 0}, "bits=0"), ({"group_size": -1}, "group_size=-1")]:
         with pytest.raises(InputError, match=says):
             Rtn(**fields)
