@@ -1,5 +1,11 @@
 """What tests of several folders are run on."""
 
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -37,3 +43,84 @@ def learned(tmp_path_factory):
         optimizer.step()
     model.save_pretrained(path)
     return path
+
+
+# Defines `work(name)`, which writes beside and at `root / name`, and `seen(name)`, what is noted of each run. The program imports
+# once and forks a child for each run, before any computation; a child is killed at its k-th event of the file system there.
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+
+EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
+root, first, step = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
+def seen(name):
+    return None
+
+{body}
+
+def child(name, kill_at):
+    count = 0
+
+    def watch(event, arguments):
+        nonlocal count
+        if event in EVENTS and str(root / name) in str(arguments[0]):
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    work(name)
+    return count
+
+def run(name, kill_at=0):
+    reading, writing = os.pipe()
+    forked = os.fork()
+    if not forked:
+        os.write(writing, str(child(name, kill_at)).encode())
+        os._exit(0)
+    os.close(writing)
+    _, status = os.waitpid(forked, 0)
+    return os.waitstatus_to_exitcode(status), os.read(reading, 20).decode(), seen(name)
+
+status, events, whole = run("whole")
+report = {{"events": int(events), "whole": status, "seen": whole, "killed": []}}
+for kill_at in range(first, int(events) + 1, step):
+    one, again = run(f"killed{{kill_at}}", kill_at), run(f"killed{{kill_at}}")
+    report["killed"].append([kill_at, one[0], again[0], one[2], again[2]])
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture
+def killed():
+    """Runs the text of a program's `work(name)` whole, then killed at every `step`-th event from the `first` on, each time again.
+
+    Returns the number of events, what was seen of the whole run, and of each kill its place and what was seen before and after.
+    """
+
+    def killed(root, body, first, step):
+        program = KILLED.format(body=textwrap.dedent(body))
+        command = [sys.executable, "-c", program, str(root), str(first), str(step)]
+        output = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True).stdout
+        report = json.loads(output.splitlines()[-1])
+        assert report["whole"] == 0 and len(report["killed"]) > 3
+        assert all((killed, status) == (-9, 0) for _, killed, status, _, _ in report["killed"])
+        return report["events"], report["seen"], [(place, before, after) for place, _, _, before, after in report["killed"]]
+
+    return killed
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    """A folder that holds a model of a few blocks with a tokenizer, and a text for it."""
+
+    def make(blocks):
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+        LlamaForCausalLM(LlamaConfig(vocab_size=4096, num_hidden_layers=blocks, **sizes)).save_pretrained(tmp_path / "model")
+        open_model("builtin:tiny-lm").tokenizer().save_pretrained(tmp_path / "model")
+        for name, first in (("text", 0), ("held", 40)):
+            (tmp_path / f"{name}.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(first, first + 40)))
+        return tmp_path
+
+    return make

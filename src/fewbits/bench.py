@@ -19,9 +19,12 @@ from fewbits.core.registry import get_method
 from fewbits.data.text import TextSample
 from fewbits.evaluation.speed import densified, measure_layers, measure_models, peak_flops
 from fewbits.kernels import native
-from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.layers.linear import CompressedLinear
 from fewbits.models.adapter import Adapter, weight_matrix
 from fewbits.models.source import open_model
+from fewbits.pipeline.dense_pass import reads_text
+from fewbits.pipeline.plan import Plan
+from fewbits.pipeline.solve import solve_group
 
 
 def bench(  # noqa: PLR0913 - what is timed, of what, and how long
@@ -81,11 +84,11 @@ def _opened(model: str | Path, terms: str | None, dtype: torch.dtype, memory: in
         raise InputError(f"{str(model)!r} is compressed already, so it has its terms; a dense model would be right")
     name, settings = read_spec(terms)
     method = configure(get_method(name), settings)
-    if not isinstance(method, LayerMethod) or method.needs or method.uses_gradients:
+    if not isinstance(method, LayerMethod) or reads_text(Plan(method)):
         raise InputError(f"{name} needs calibration; a method without it, such as rtn or hqq, would be right for terms to be timed")
     adapter = Adapter(opened)
     for block in adapter.blocks:
         for layer, linear in adapter.linears(block).items():
-            tensor = method.compress(weight_matrix(linear).float(), Statistics())
-            opened.set_submodule(layer, CompressedLinear(StoredLinear(tensor), getattr(linear, "bias", None)).settle())
+            stored = solve_group(method, {layer: weight_matrix(linear).float()}, Statistics())[layer]
+            opened.set_submodule(layer, CompressedLinear(stored, getattr(linear, "bias", None)).settle())
     return opened

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -28,6 +26,7 @@ from fewbits.allocation.trials import TrialSettings, try_options
 from fewbits.allocation.uniform import nearest_option, uniform_candidates
 from fewbits.core.allocation_method import AllocationMethod, AllocationProblem
 from fewbits.core.errors import InputError
+from fewbits.core.files import write_text
 from fewbits.core.method import LayerMethod
 from fewbits.core.record import make_record
 from fewbits.data.text import TextSample
@@ -37,6 +36,7 @@ from fewbits.evaluation.verdicts import judge
 from fewbits.export.checkpoint import check_output, is_checkpoint, read_record
 from fewbits.export.stack import memory_in_bytes
 from fewbits.models.source import ModelSource, open_model
+from fewbits.pipeline.dense_pass import content_key
 from fewbits.pipeline.feed import StreamOptions
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.probe import ModelProbe
@@ -240,8 +240,7 @@ class Runs:
         return self.compressed(Plan(method, self.keep))
 
     def compressed(self, plan: Plan) -> Path:
-        described = json.dumps([plan.describe(), asdict(self.calibration)], sort_keys=True)
-        folder = self.work / hashlib.sha256(described.encode()).hexdigest()[:16]
+        folder = self.work / content_key({"plan": plan.describe(), "calibration": asdict(self.calibration)})[:16]
         if not is_checkpoint(folder):
             api.compress(self.model, plan, folder, calibration=self.calibration, options=self.options, probe=None)
         return folder
@@ -286,9 +285,7 @@ def _stored_bits(folder: Path) -> int:
 def _finish(output: Path, mixed: Path, recipe: str, record: dict[str, Any]) -> None:
     """Everything is written beside, then renamed."""
     if output.suffix == ".toml":
-        partial = output.with_name(output.name + ".partial")
-        partial.write_text(recipe)
-        os.replace(partial, output)
+        write_text(output, recipe)
         return
     (mixed / RECIPE).write_text(recipe)
     (mixed / RECORD).write_text(json.dumps(record, indent=1) + "\n")

@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fewbits import api
 from fewbits.core.tensor import CompressedTensor
 from fewbits.export.checkpoint import write_checkpoint
 from fewbits.formats.ranges import fit_groups
 from fewbits.formats.uniform import Uniform
-from fewbits.layers.linear import StoredLinear
+from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.adapter import Adapter
 from fewbits.models.source import open_model
 
@@ -57,3 +58,38 @@ def uniform():
         return make
 
     return maker
+
+
+class One:
+    """Contents of a single layer, for a target's own functions."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def layers(self):
+        return [("one", self.layer)]
+
+    def dense(self):
+        return []
+
+
+@pytest.fixture(scope="session")
+def one():
+    """Contents of a single layer, `one(layer)`."""
+    return One
+
+
+@pytest.fixture
+def assert_same_model():
+    """Two folders give the same logits, bit for bit, and their layers hold the same codes."""
+
+    def check(first, second):
+        before, after, ids = api.load(first), api.load(second), torch.arange(1, 25).view(2, 12)
+        with torch.no_grad():
+            assert torch.equal(after(ids).logits, before(ids).logits)
+        layers = {name: module for name, module in before.named_modules() if isinstance(module, CompressedLinear)}
+        assert layers
+        for name, module in layers.items():
+            assert torch.equal(after.get_submodule(name).stored.weight.terms[0].codes, module.stored.weight.terms[0].codes)
+
+    return check

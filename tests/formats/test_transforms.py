@@ -49,10 +49,11 @@ def test_any_transforms_around_a_term_are_a_product_of_matrices(rows, columns, s
 
 
 def test_transforms_around_terms_compose_in_their_order():
+    torch.manual_seed(0)
     term = Uniform.from_codes(torch.randint(16, (4, 4)), torch.rand(4, 1), None, bits=4)
     tensor = CompressedTensor((term,), tuple(TRANSFORMS), tuple(reversed(TRANSFORMS)))
     inputs = torch.randn(5, 4)
-    torch.testing.assert_close(tensor.matmul(inputs), inputs @ tensor.decode().T)
+    torch.testing.assert_close(tensor.matmul(inputs), inputs @ tensor.decode().T, rtol=1e-4, atol=1e-4)
     assert sum(tensor.bits().values()) == sum(term.bits().values()) + 2 * (4 * 32 + 4 * 32)
 
 

@@ -84,3 +84,8 @@ def test_estimates_are_said_in_units_that_people_use():
     assert said(Estimate(90, 2 * GB, GB // 2)) == "about 90 s, 2.00 GB of memory, 0.50 GB of disk"
     assert said(Estimate(600, GB, GB, ("ranking the terms",))).startswith("about 10 min, without ranking the terms, ")
     assert said(Estimate(9000, GB, GB)).startswith("about 2.5 h, ")
+
+
+def test_a_batch_is_what_a_longer_run_takes_more_and_never_nothing():
+    assert preflight.batch_seconds(2.0, 5.0) == 3.0
+    assert preflight.batch_seconds(2.0, 1.0) == 0.5  # other work came between: half of the longer run

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fewbits.bench import bench as measure
 from fewbits.cli.options import Json, Memory, Model, out, read_dtype
+from fewbits.core.files import write_text
 from fewbits.reports.roofline import roofline
 
 
@@ -34,9 +35,7 @@ def bench(  # noqa: PLR0913 - as compress
     results = record["results"]
     if plot is not None:
         rate = results.get("read_pass_bytes_per_second", {"median": 1e10})["median"]
-        partial = plot.with_name(plot.name + ".partial")
-        partial.write_text(roofline(results["layers"], results["peak_flops"], rate))
-        partial.rename(plot)
+        write_text(plot, roofline(results["layers"], results["peak_flops"], rate))
     if as_json:
         print(json.dumps(record))
         return

@@ -15,7 +15,7 @@ from fewbits.data.text import TextSample
 from fewbits.models.source import ModelSource
 from fewbits.pipeline.dense_pass import DensePass, reads_text
 from fewbits.pipeline.feed import StreamOptions
-from fewbits.pipeline.preflight import Estimate, estimate_run
+from fewbits.pipeline.preflight import Estimate, batch_seconds, estimate_run
 from fewbits.statistics.hessian import Hessian
 
 _LOGITS = 6  # tensors of a batch's logits that are in memory together while two models are compared
@@ -58,7 +58,7 @@ def _measuring(source: ModelSource, windows: Tensor, passes: int, memory: int, o
         kept = sum(path.stat().st_size for path in dense.store.folder.iterdir())
         blocks = len(dense.blocks)
     text = source.config.get_text_config()
-    batch = max(spent[2] - spent[1], 0.0) if len(windows) > size else spent[1]
+    batch = batch_seconds(spent[1], spent[2]) if len(windows) > size else spent[1]
     hidden = windows.numel() * text.hidden_size * options.dtype.itemsize
     logits = _LOGITS * size * windows.shape[1] * text.vocab_size * 4
     seconds = passes * blocks * -(-len(windows) // size) * batch

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fewbits.core.errors import InputError
+from fewbits.core.files import write_text, written_whole
 from fewbits.evaluation.fidelity import TokenScores
 
 RECORD, SCORES, TIMING = "record.json", "scores.safetensors", "timing.json"
@@ -36,27 +35,16 @@ class Folder:
 
     def keep_run(self, run: Path, record: Mapping[str, Any], scores: TokenScores, timing: Mapping[str, Any]) -> None:
         """Write a run's files beside its folder, then rename it. What varies from run to run is in the timing alone."""
-        partial = run.with_name(run.name + ".partial")
-        partial.mkdir()
-        try:
+        with written_whole(run, "run again to go on") as partial:
+            partial.mkdir()
             (partial / RECORD).write_text(as_json(record))
             (partial / TIMING).write_text(as_json(timing))
             found = {name: value.contiguous() for name, value in vars(scores).items() if value is not None}
             save_file(cast("dict[str, Tensor]", found), partial / SCORES)
-        except Exception as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-                raise InputError(f"the disk is full while writing {run}; free some space and run again to go on") from error
-            raise
-        partial.rename(run)
 
-    def write(self, name: str, text: str) -> Path:
+    def write(self, name: str, text: str) -> None:
         """A file of the whole comparison, whole or not at all."""
-        path = self.path / name
-        partial = path.with_name(name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-        return path
+        write_text(self.path / name, text)
 
 
 def read_run(run: Path) -> tuple[dict[str, Any], TokenScores, dict[str, Any]]:

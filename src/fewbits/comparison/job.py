@@ -108,11 +108,12 @@ def run_job(job: Job, folder: Folder) -> None:
 
     A killed job goes on from the blocks that were finished. Raises what `compress_model` and `score` raise.
     """
-    run = folder.run(job.slug(), job.key())
+    run, work = folder.run(job.slug(), job.key()), folder.work / job.key()[:12]
     if run.is_dir():
+        shutil.rmtree(work, ignore_errors=True)  # a run that was killed while tidying up left it
         return
     restart_peak_memory()
-    spent, work = _Stopwatch(), folder.work / job.key()[:12]
+    spent = _Stopwatch()
     results: dict[str, Any] = {}
     resumed, made = (work / "block-00000.json").exists(), None
     if job.configuration is not None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+import torch
 
 from fewbits.core.errors import InputError
 from fewbits.core.method import Method
+
+Order = Literal["importance", "reverse", "random"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,13 @@ class AllocationProblem:
     def by_size(self) -> tuple[int, ...]:
         """The options from the smallest to the largest, by what they take over all parts."""
         return tuple(sorted(range(len(self.options)), key=lambda option: (self.size([option] * len(self.sizes)), option)))
+
+    def ordered(self, order: Order, seed: int = 0) -> list[str]:
+        """The parts, the highest score first, or the lowest, or drawn; of equal scores the model's earlier part comes first."""
+        parts = list(self.sizes)
+        if order == "random":
+            return [parts[index] for index in torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed)).tolist()]
+        return sorted(parts, key=lambda part: self.scores[part], reverse=order == "importance")
 
     def size(self, choices: list[int]) -> int:
         """Bits of one choice of option a part, in the parts' order."""

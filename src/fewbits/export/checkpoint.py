@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fewbits.core.errors import FewbitsError, InputError
-from fewbits.export.folder import copy_companions, write_shards
+from fewbits.core.files import written_whole
+from fewbits.export.folder import copy_companions, quantization_config, write_shards
 from fewbits.export.stack import Stack, describe_stack, memory_in_bytes, shortened
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.source import ModelSource, open_model
@@ -50,23 +49,13 @@ def write_checkpoint(
     Raises InputError where `output` is taken or the disk is full.
     """
     check_output(output)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with written_whole(output) as partial:
+        partial.mkdir()
         _write(partial, source, layers, replaced or {}, order, shard_bytes)
         _audit(partial, layers)
         record, card = describe(partial)
         (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         (partial / CARD).write_text(card)
-    except Exception as error:
-        shutil.rmtree(partial)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise InputError(f"the disk is full while writing {output}; free some space and run again") from error
-        raise
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
     return record
 
 
@@ -106,17 +95,21 @@ def _audit(folder: Path, layers: Layers) -> None:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a folder that says that fewbits compressed its model."""
-    return (path / CONFIG).is_file() and _json(path / CONFIG).get("quantization_config", {}).get("quant_method") == "fewbits"
+    return quantization_config(path).get("quant_method") == "fewbits"
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """What was written about the run that made the checkpoint. Raises InputError where it cannot be read."""
-    return _json(path / RECORD)
+    file = path / RECORD
+    try:
+        return cast(dict[str, Any], json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error}); a folder written by fewbits compress would be right") from error
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings of every compressed layer by its full name. Raises InputError where they are of another version."""
-    described = _json(path / CONFIG).get("quantization_config", {})
+    described = _described(path)
     if described.get("quant_method") != "fewbits" or described.get("format") != FORMAT:
         raise InputError(
             f"{path} is of format {described.get('format')!r}; this version reads format {FORMAT} as written by fewbits compress"
@@ -126,7 +119,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def read_stack(path: Path) -> Stack:
     """In which order the terms are loaded. Raises InputError where the folder's terms have none."""
-    found = _json(path / CONFIG).get("quantization_config", {}).get("stack")
+    found = _described(path).get("stack")
     if found is None:
         raise InputError(f"{path} is no stack, so it has one size; a folder compressed with a method such as bitstack would be right")
     return Stack(tuple(found["order"]), tuple(found["bytes"]))
@@ -171,8 +164,8 @@ def with_layers(source: ModelSource, layers: Iterable[tuple[str, StoredLinear]],
     return shell
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        return cast(dict[str, Any], json.loads(file.read_text()))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error}); a folder written by fewbits compress would be right") from error
+def _described(path: Path) -> dict[str, Any]:
+    """What the folder says of how it is compressed, where there has to be one."""
+    if not (path / CONFIG).is_file():
+        raise InputError(f"{path / CONFIG} cannot be read (it is missing); a folder written by fewbits compress would be right")
+    return quantization_config(path)

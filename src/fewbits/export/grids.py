@@ -81,6 +81,21 @@ def read_grid(weight: CompressedTensor) -> Grid | str:
     return _read_term(weight.terms[0], order)
 
 
+def rounds_inputs(stored: StoredLinear) -> str | None:
+    """Why a format whose layers read their inputs as they are cannot hold this one."""
+    return None if stored.activation is None else f"its inputs are rounded ({stored.activation.kind}), which the format does not say"
+
+
+def half_grid(stored: StoredLinear) -> Grid | str:
+    """The grid of a layer that reads its inputs as they are, with scales in fp16; or why it is none."""
+    if (reason := rounds_inputs(stored)) is not None:
+        return reason
+    grid = read_grid(stored.weight)
+    if isinstance(grid, Grid) and grid.scales.dtype != torch.float16:
+        return "its scales are not exact in fp16"
+    return grid
+
+
 def not_one_term(weight: CompressedTensor) -> str | None:
     """Why `weight` is more than one term of its inputs."""
     if len(weight.terms) > 1:

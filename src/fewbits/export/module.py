@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fewbits.core.errors import FewbitsError, InputError
+from fewbits.core.files import written_whole
 from fewbits.layers.conv import CompressedConv2d, StoredConv2d
 from fewbits.layers.linear import CompressedLayer, CompressedLinear, StoredLinear
 
@@ -32,13 +33,12 @@ def save_module(model: nn.Module, file: str | Path) -> None:
         raise InputError(f"{type(model).__name__} has no compressed layer; a model that was compressed would be right")
     # Tensors that share memory cannot be in one file.
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in model.state_dict().items()}
-    partial = file.with_name(file.name + ".partial")
-    save_file(tensors, partial, metadata={"fewbits": FORMAT, "layers": json.dumps(layers)})
-    with safe_open(partial, framework="pt") as written:
-        for name, tensor in tensors.items():
-            if not _same(written.get_tensor(name), tensor):
-                raise FewbitsError(f"{file}: the tensor {name!r} does not read back as it was written")
-    partial.rename(file)
+    with written_whole(file) as partial:
+        save_file(tensors, partial, metadata={"fewbits": FORMAT, "layers": json.dumps(layers)})
+        with safe_open(partial, framework="pt") as written:
+            for name, tensor in tensors.items():
+                if not _same(written.get_tensor(name), tensor):
+                    raise FewbitsError(f"{file}: the tensor {name!r} does not read back as it was written")
 
 
 def load_module(model: nn.Module, file: str | Path) -> nn.Module:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import FewbitsError, InputError
+from fewbits.core.files import written_whole
 from fewbits.export.checkpoint import check_output
 from fewbits.export.contents import Contents
 from fewbits.export.target import Target, get_target, list_targets
@@ -137,30 +136,12 @@ def _loss(name: str, stored: StoredLinear, target: Target, reason: str) -> float
 
 def _write(contents: Contents, target: Target, output: Path) -> dict[str, int]:
     """Write beside `output`, audit, rename; bytes of the files by name."""
-    partial = output.with_name(output.name + ".partial")
-    _remove(partial)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    if not target.single_file:
-        partial.mkdir()
-    try:
+    with written_whole(output) as partial:
+        if not target.single_file:
+            partial.mkdir()
         target.write(contents, partial)
         audit(target.written(partial))
         if target.recognizes(partial):
             compare(contents, target.read(partial))
-    except Exception as error:
-        _remove(partial)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise InputError(f"the disk is full while writing {output}; free some space and run again") from error
-        raise
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
     files = [output] if target.single_file else sorted(file for file in output.rglob("*") if file.is_file())
     return {output.name if file == output else str(file.relative_to(output)): file.stat().st_size for file in files}
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.formats.coded import Coded, describe_numbers
+from fewbits.formats.coded import Coded, describe_numbers, spread_groups
 from fewbits.formats.packing import pack, unpack
 from fewbits.kernels.layout import ABSENT, Description, coded, signs
 
@@ -76,8 +76,3 @@ class Binary(Coded, kind="binary"):
         if self.offsets is not None:
             values = values + spread_groups(self.offsets.float(), self.group_size, self.columns)
         return values.to(dtype)
-
-
-def spread_groups(values: Tensor, group_size: int, columns: int) -> Tensor:
-    """One value a group `[rows, groups]` to one a column `[rows, columns]`; a single group stays `[rows, 1]` and broadcasts."""
-    return values if values.shape[1] == 1 else values.repeat_interleave(group_size, dim=1)[:, :columns]

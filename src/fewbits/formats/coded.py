@@ -43,3 +43,13 @@ def describe_numbers(stored: Tensor | Term | None) -> Description | None:
         inner = stored.described()
         return None if inner is None else nested(inner)
     return dense(stored.decode() if isinstance(stored, Term) else stored)
+
+
+def stored_numbers(stored: Tensor | Term) -> Tensor:
+    """Scales, zero points or minimums in float32, which are numbers or a term of them."""
+    return stored.decode() if isinstance(stored, Term) else stored.float()
+
+
+def spread_groups(values: Tensor, group_size: int, columns: int) -> Tensor:
+    """One value a group `[rows, groups]` to one a column `[rows, columns]`; a single group stays `[rows, 1]` and broadcasts."""
+    return values if values.shape[1] == 1 else values.repeat_interleave(group_size, dim=1)[:, :columns]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Part, Term
-from fewbits.formats.binary import spread_groups
+from fewbits.formats.coded import spread_groups
 from fewbits.formats.packing import pack, packed_width, unpack
 
 MaskStorage = Literal["bitmap", "csr", "smaller"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
-from fewbits.formats.coded import Coded, describe_numbers
+from fewbits.formats.coded import Coded, describe_numbers, spread_groups, stored_numbers
 from fewbits.formats.packing import pack, unpack
 from fewbits.kernels import dispatch
 from fewbits.kernels.layout import ABSENT, Description, coded, dense
@@ -48,7 +48,7 @@ class Stepped(Coded, kind="stepped"):
                 raise InputError(
                     f"{name} {list(values.shape)} do not fit codes {[rows, columns]} in groups of {group_size}; {list(expected)} would"
                 )
-            if not bool(torch.isfinite(_numbers(values)).all()):
+            if not bool(torch.isfinite(stored_numbers(values)).all()):
                 raise InputError(f"one of the {name} is not finite; a wider dtype, or finite weights, would be right")
         return cls(pack(codes, bits), steps, minimums, rows, columns, bits, group_size)
 
@@ -69,7 +69,7 @@ class Stepped(Coded, kind="stepped"):
         return None if zeros is None else coded((*self.shape, self.bits_per_code, self.group_size), self.codes, ABSENT, steps, zeros)
 
     def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        multiples = self.unpacked_codes().float() * self._spread(_numbers(self.steps))
+        multiples = self.unpacked_codes().float() * spread_groups(stored_numbers(self.steps), self.group_size, self.columns)
         return self._raised(multiples).to(dtype)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,15 +84,9 @@ class Stepped(Coded, kind="stepped"):
             return outputs
         missing = self.steps.shape[1] * self.group_size - self.columns
         sums = torch.nn.functional.pad(inputs, (0, missing)).unflatten(-1, (-1, self.group_size)).sum(-1)
-        return outputs + sums @ _numbers(self.minimums).to(inputs.dtype).T
+        return outputs + sums @ stored_numbers(self.minimums).to(inputs.dtype).T
 
     def _raised(self, multiples: Tensor) -> Tensor:
-        return multiples if self.minimums is None else multiples + self._spread(_numbers(self.minimums))
-
-    def _spread(self, values: Tensor) -> Tensor:
-        """One value a group to one value a column."""
-        return values.repeat_interleave(self.group_size, dim=1)[:, : self.columns]
-
-
-def _numbers(stored: Tensor | Term) -> Tensor:
-    return stored.decode() if isinstance(stored, Term) else stored.float()
+        return (
+            multiples if self.minimums is None else multiples + spread_groups(stored_numbers(self.minimums), self.group_size, self.columns)
+        )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
-from fewbits.formats.binary import spread_groups
+from fewbits.formats.coded import spread_groups
 
 _POWERS = (1, 3, 9, 27, 81)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
-from fewbits.formats.coded import Coded, describe_numbers
+from fewbits.formats.coded import Coded, describe_numbers, spread_groups, stored_numbers
 from fewbits.formats.packing import pack, unpack
 from fewbits.formats.ranges import fit_extremes, round_codes
 from fewbits.kernels.layout import ABSENT, Description, coded, packed
@@ -52,7 +52,7 @@ class Uniform(Coded, kind="uniform"):
             )
         if zero_points is not None and zero_points.shape != scales.shape:
             raise InputError(f"zero points {list(zero_points.shape)} and scales {list(scales.shape)} must have one shape")
-        if not bool(torch.isfinite(_values(scales)).all()):
+        if not bool(torch.isfinite(stored_numbers(scales)).all()):
             stored = scales.dtype if isinstance(scales, Tensor) else f"a term of kind {scales.kind}"
             raise InputError(f"a scale is not finite in {stored}; a wider dtype, or finite weights, would be right")
         if isinstance(zero_points, Tensor) and not zero_points.is_floating_point():
@@ -88,7 +88,7 @@ class Uniform(Coded, kind="uniform"):
         if self.zero_points is None:
             return torch.full((1, 1), float(2 ** (self.bits_per_code - 1)), device=self.codes.device)
         if isinstance(self.zero_points, Term) or self.zero_points.is_floating_point():
-            return _values(self.zero_points)
+            return stored_numbers(self.zero_points)
         return unpack(self.zero_points, self.bits_per_code, self.scales.shape[1]).float()
 
     def described(self) -> Description | None:
@@ -105,7 +105,9 @@ class Uniform(Coded, kind="uniform"):
         return coded((self.rows, self.columns, self.bits_per_code, self.group_size), self.codes, ABSENT, scales, zeros)
 
     def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        scales, zeros = (self._spread(values) for values in (_values(self.scales), self.unpacked_zero_points()))
+        scales, zeros = (
+            spread_groups(values, self.group_size, self.columns) for values in (stored_numbers(self.scales), self.unpacked_zero_points())
+        )
         return ((self.unpacked_codes().float() - zeros) * scales).to(dtype)
 
     def stacked(self, below: Term) -> Term | None:
@@ -144,11 +146,3 @@ class Uniform(Coded, kind="uniform"):
         rows, columns = (self.rows + other.rows, self.columns) if axis == 0 else (self.rows, self.columns + other.columns)
         codes = torch.cat([self.codes, other.codes], axis)
         return Uniform(codes, scales, together, rows, columns, self.bits_per_code, self.group_size)
-
-    def _spread(self, values: Tensor) -> Tensor:
-        """One value a group to one value a column; a single group broadcasts as it is."""
-        return values if values.shape[1] == 1 else values.repeat_interleave(self.group_size, dim=1)[:, : self.columns]
-
-
-def _values(stored: Tensor | Term) -> Tensor:
-    return stored.decode() if isinstance(stored, Term) else stored.float()

@@ -68,10 +68,7 @@ def _room(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 def _rows(matrix: Description, first: int, last: int, dtype: torch.dtype, room: Tensor | None = None) -> Tensor:
     """Decoded rows, in `room` where there is some."""
     if room is not None:
-        isa = native.chosen()
-        assert isa is not None
-        counts["decode"] += 1
-        return native.decode(isa, matrix.tensors, matrix.layout, (first, last), dtype, room[: last - first])
+        return _decode(matrix.tensors, matrix.layout, first, last, dtype, room[: last - first])
     plain = type(matrix.tensors[0]) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
     function = _decode if plain else _decode_op
     return function(matrix.tensors, matrix.layout, first, last, dtype)
@@ -99,12 +96,17 @@ def _multiply(inputs: Tensor, tensors: list[Tensor] | tuple[Tensor, ...], layout
 
 
 def _decode(
-    tensors: list[Tensor] | tuple[Tensor, ...], layout: list[int] | tuple[int, ...], first: int, last: int, dtype: torch.dtype
+    tensors: list[Tensor] | tuple[Tensor, ...],
+    layout: list[int] | tuple[int, ...],
+    first: int,
+    last: int,
+    dtype: torch.dtype,
+    outputs: Tensor | None = None,
 ) -> Tensor:
     isa = native.chosen()
     assert isa is not None
     counts["decode"] += 1
-    return native.decode(isa, tensors, layout, (first, last), dtype)
+    return native.decode(isa, tensors, layout, (first, last), dtype, outputs)
 
 
 _LIBRARY = torch.library.Library("fewbits", "DEF")

@@ -57,7 +57,7 @@ def estimate_run(
         twice = trial.run(2, _FEW_STEPS) if len(windows) > options.batch_size else once
         longer = trial.run(1, _MORE_STEPS) if _steps(plan) > _MORE_STEPS else None
         stored, work = trial.stored_bytes, trial.work_bytes
-    batch = max(twice[0] - once[0], 0.0) if len(windows) > options.batch_size else once[0]
+    batch = batch_seconds(once[0], twice[0]) if len(windows) > options.batch_size else once[0]
     step = 0.0 if longer is None else max(longer[0] - once[0], 0.0) / (_MORE_STEPS - _FEW_STEPS)
     blocks, batches = len(Adapter(source.shell()).blocks), -(-len(windows) // options.batch_size)
     fixed = max(once[0] - batch, 0.0)
@@ -68,6 +68,11 @@ def estimate_run(
     memory = peak_memory() + (0 if options.activations_on_disk else 2 * hidden)
     disk = (stored + work) * blocks + _dense_bytes(source, blocks) + 2 * hidden
     return Estimate(seconds, memory, disk, _left_out(plan))
+
+
+def batch_seconds(one: float, two: float) -> float:
+    """What a batch adds to a run, of the seconds of runs with one and with two; where other work hid it, half of the longer run."""
+    return two - one if two > one else two / 2
 
 
 def preflight(model: str | Path, plan: Plan, sample: TextSample, options: StreamOptions, output: Path) -> Estimate:

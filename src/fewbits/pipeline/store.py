@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fewbits.core.errors import InputError
+from fewbits.core.files import written_whole
 from fewbits.core.tensor import from_stored
 from fewbits.layers.linear import StoredLinear
 
@@ -37,7 +36,7 @@ class Store:
             self._compare(_read_json(path))
         else:
             _write(path, lambda part: part.write_text(_as_json(self.settings)))
-        for leftover in folder.glob("*.part"):
+        for leftover in folder.glob("*.partial"):
             leftover.unlink()
 
     def _compare(self, before: Mapping[str, Any]) -> None:
@@ -155,17 +154,8 @@ class Store:
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except Exception as error:
-        part.unlink(missing_ok=True)
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
-            raise InputError(f"the disk is full while writing {path}; free some space and run again to go on") from error
-        raise
+    with written_whole(path, "run again to go on", sync=True) as partial:
+        write(partial)
 
 
 def _as_json(value: Any) -> str:

@@ -133,7 +133,7 @@ def error_feedback(
         raise InputError(f"a factor of {len(factor.upper)} columns and block_size={block_size} do not fit a weight of {columns} columns")
     upper = factor.upper.to(weight.dtype)
     # Columns are worked on one by one: the transpose makes each of them contiguous.
-    current, errors = weight.T.contiguous().clone(), weight.new_empty(columns, rows)
+    current, errors = weight.T.clone(memory_format=torch.contiguous_format), weight.new_empty(columns, rows)
     fresh = fresh_every or columns
     starts = [s for group in range(0, columns, fresh) for s in range(group, min(group + fresh, columns), block_size)]
     for start, end in pairwise([*starts, columns]):

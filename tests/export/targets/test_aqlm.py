@@ -40,22 +40,11 @@ def dequantized(codes, codebooks, scales, bits):
     return weight
 
 
-class One:
-    def __init__(self, layer):
-        self.layer = layer
-
-    def layers(self):
-        return [("one", self.layer)]
-
-    def dense(self):
-        return []
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 9), st.integers(0, 2), st.booleans())
-def test_an_independent_reader_makes_the_same_weight(rows, groups, books, bits, spare, scaled):
+def test_an_independent_reader_makes_the_same_weight(one, rows, groups, books, bits, spare, scaled):
     layer = additive(rows, groups * 4, books=books, entries=max(2, 2**bits - 1), unit=4, scaled=scaled)
-    made = dict(Aqlm()._tensors(One(layer), bits + spare))
+    made = dict(Aqlm()._tensors(one(layer), bits + spare))
     assert made["one.codes"].dtype == (torch.int8 if bits + spare <= 8 else torch.int16)
     assert made["one.codebooks"].shape == (books, 2 ** (bits + spare), 1, 4)
     found = dequantized(made["one.codes"], made["one.codebooks"], made["one.scales"], bits + spare)

@@ -54,21 +54,8 @@ def stored(bits, rows, columns, size, *, order=None, lowest=1, seed=0):
     return StoredLinear(CompressedTensor((term,), () if order is None else (Permutation.from_order(order),)))
 
 
-class One:
-    """Contents of a single layer, for a target's own functions."""
-
-    def __init__(self, layer):
-        self.layer = layer
-
-    def layers(self):
-        return [("one", self.layer)]
-
-    def dense(self):
-        return []
-
-
-def tensors_of(target, layer):
-    return {name: tensor.contiguous() for name, tensor in target._tensors(One(layer), {})}
+def tensors_of(target, contents, described):
+    return {name: tensor.contiguous() for name, tensor in target._tensors(contents, described)}
 
 
 @settings(max_examples=25, deadline=None)
@@ -80,14 +67,13 @@ def tensors_of(target, layer):
     st.booleans(),
     st.integers(0, 99),
 )
-def test_an_independent_reader_makes_the_same_weight(bits, columns, size, older, ordered, seed):
+def test_an_independent_reader_makes_the_same_weight(one, bits, columns, size, older, ordered, seed):
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed)) if ordered else None
     layer = stored(bits, 32, columns, size, order=order, seed=seed)
     target = Gptq("gptq" if older else "gptq_v2")
     assert target.refuses(layer) is None
-    described, tensors = {}, {}
-    for name, tensor in target._tensors(One(layer), described):
-        tensors[name] = tensor.contiguous()
+    described = {}
+    tensors = tensors_of(target, one(layer), described)
     assert torch.equal(read_as_described(tensors, "one", bits, older), layer.weight.decode())
     read = _read({name.removeprefix("one."): tensor for name, tensor in tensors.items()}, described["one"], older)
     assert torch.equal(read.input_codes(), read_grid(layer.weight).input_codes())
@@ -103,29 +89,24 @@ def test_an_independent_reader_makes_the_same_weight(bits, columns, size, older,
         (8, "026307c84be1178c", "fc6862138e78dde8"),
     ],
 )
-def test_bytes_are_those_that_gptqmodel_packs(bits, qweight, qzeros):
+def test_bytes_are_those_that_gptqmodel_packs(one, bits, qweight, qzeros):
     """Hashes of what TorchLinear.pack of GPTQModel 7.7.0 made of this layer."""
     row, column = torch.arange(32)[:, None], torch.arange(64)[None]
     codes, group = (5 * row * row + 3 * column + row * column) % 2**bits, torch.arange(4)[None]
     zeros, scales = (row + 3 * group) % (2**bits - 1) + 1, (2.0 ** -((row + group) % 5)).half()
     order = torch.argsort((torch.arange(64) * 3 % 64) // 16, stable=True)
     term = Uniform.from_codes(codes[:, order].to(torch.uint8), scales, zeros.to(torch.uint8), bits=bits, group_size=16)
-    made = tensors_of(Gptq("gptq_v2"), StoredLinear(CompressedTensor((term,), (Permutation.from_order(order),))))
+    made = tensors_of(Gptq("gptq_v2"), one(StoredLinear(CompressedTensor((term,), (Permutation.from_order(order),)))), {})
     found = [hashlib.sha256(made[f"one.{part}"].numpy().tobytes()).hexdigest()[:16] for part in ("qweight", "qzeros")]
     assert found == [qweight, qzeros]
 
 
 @pytest.mark.parametrize("older", [True, False])
 @pytest.mark.parametrize(("bits", "size"), [(2, 16), (3, 32), (4, None), (8, 16)])
-def test_a_model_reads_back_as_it_was(bits, size, older, compressed, uniform, tmp_path):
+def test_a_model_reads_back_as_it_was(bits, size, older, compressed, uniform, assert_same_model, tmp_path):
     folder = compressed(uniform(bits, size, symmetric=True))
     export(folder, Gptq("gptq" if older else "gptq_v2"), tmp_path / "out")
-    before, after = api.load(folder), api.load(tmp_path / "out")
-    with torch.no_grad():
-        assert torch.equal(after(IDS).logits, before(IDS).logits)
-    for name, module in before.named_modules():
-        if isinstance(module, CompressedLinear):
-            assert torch.equal(after.get_submodule(name).stored.weight.terms[0].codes, module.stored.weight.terms[0].codes)
+    assert_same_model(folder, tmp_path / "out")
     said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert (said["bits"], said["group_size"], said["sym"], said["desc_act"]) == (bits, size or -1, True, False)
     assert json.loads((tmp_path / "out/quantize_config.json").read_text()) == said

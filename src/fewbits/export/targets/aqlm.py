@@ -14,7 +14,7 @@ from fewbits.core.errors import InputError
 from fewbits.core.tensor import CompressedTensor
 from fewbits.export.contents import Contents
 from fewbits.export.folder import compressed_modules, copy_companions, quantization_config, write_config, write_shards
-from fewbits.export.grids import in_16_bits, not_one_term
+from fewbits.export.grids import in_16_bits, not_one_term, rounds_inputs
 from fewbits.export.target import Target
 from fewbits.formats.additive import Additive, index_bits
 from fewbits.layers.linear import StoredLinear
@@ -33,9 +33,7 @@ class Aqlm(Target):
     readers: ClassVar[str] = "transformers with the package aqlm"
 
     def refuses(self, stored: StoredLinear) -> str | None:
-        if stored.activation is not None:
-            return f"its inputs are rounded ({stored.activation.kind}), which the format does not say"
-        if (reason := not_one_term(stored.weight)) is not None:
+        if (reason := rounds_inputs(stored) or not_one_term(stored.weight)) is not None:
             return reason
         if stored.weight.input_transforms:
             return f"a {stored.weight.input_transforms[0].kind} of its inputs has no place there"

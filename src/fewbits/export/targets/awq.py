@@ -14,7 +14,7 @@ from fewbits.core.checks import check_group_size
 from fewbits.core.errors import InputError
 from fewbits.export.contents import Contents
 from fewbits.export.folder import compressed_modules, copy_companions, quantization_config, write_config, write_shards
-from fewbits.export.grids import Grid, nearest_grid, read_grid
+from fewbits.export.grids import Grid, half_grid, nearest_grid
 from fewbits.export.target import Target
 from fewbits.export.words import from_words, to_words
 from fewbits.layers.linear import StoredLinear
@@ -99,9 +99,7 @@ class Awq(Target):
 
 def _grid(stored: StoredLinear) -> Grid | str:
     """The grid that the format holds, in the inputs' own order, or why it holds none."""
-    if stored.activation is not None:
-        return f"its inputs are rounded ({stored.activation.kind}), which the format does not say"
-    read = read_grid(stored.weight)
+    read = half_grid(stored)
     if isinstance(read, str):
         return read
     if (grid := read.unordered()) is None:
@@ -113,7 +111,7 @@ def _grid(stored: StoredLinear) -> Grid | str:
         return f"its {rows} outputs do not fill words of eight"
     if columns % grid.group_size:
         return f"groups of {grid.group_size} do not divide its {columns} inputs"
-    return "its scales are not exact in fp16" if grid.scales.dtype != torch.float16 else grid
+    return grid
 
 
 def _packed(values: Tensor) -> Tensor:

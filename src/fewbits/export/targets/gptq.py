@@ -17,7 +17,7 @@ from fewbits.core.checks import check_group_size
 from fewbits.core.errors import InputError
 from fewbits.export.contents import Contents
 from fewbits.export.folder import compressed_modules, copy_companions, quantization_config, write_config, write_shards
-from fewbits.export.grids import Grid, in_16_bits, nearest_grid, read_grid
+from fewbits.export.grids import Grid, half_grid, in_16_bits, nearest_grid
 from fewbits.export.target import Target
 from fewbits.export.words import from_words, to_words
 from fewbits.layers.linear import StoredLinear
@@ -50,7 +50,7 @@ class Gptq(Target):
         check_group_size(self.group_size)
 
     def refuses(self, stored: StoredLinear) -> str | None:
-        grid = _grid(stored)
+        grid = half_grid(stored)
         return grid if isinstance(grid, str) else self._refuses_grid(grid)
 
     def refuses_model(self, contents: Contents) -> str | None:
@@ -99,7 +99,7 @@ class Gptq(Target):
     def _tensors(self, contents: Contents, described: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the file; `described` is filled with what is said of each layer."""
         for name, stored in contents.layers():
-            grid = _grid(stored)
+            grid = half_grid(stored)
             assert isinstance(grid, Grid)  # `refuses` was asked
             size = -1 if grid.whole_rows else grid.group_size
             described[name] = {"bits": grid.bits, "group_size": size, "sym": grid.symmetric, "desc_act": grid.order is not None}
@@ -120,15 +120,6 @@ class Gptq(Target):
         others |= {f"-:^{re.escape(name)}$": {} for name in kept}
         config = {"quant_method": "gptq", **most, "checkpoint_format": self.checkpoint_format, "lm_head": False}
         return config | ({"dynamic": others} if others else {})
-
-
-def _grid(stored: StoredLinear) -> Grid | str:
-    if stored.activation is not None:
-        return f"its inputs are rounded ({stored.activation.kind}), which the format does not say"
-    grid = read_grid(stored.weight)
-    if isinstance(grid, Grid) and grid.scales.dtype != torch.float16:
-        return "its scales are not exact in fp16"
-    return grid
 
 
 def _settings_of(name: str, described: Mapping[str, Any]) -> dict[str, Any]:

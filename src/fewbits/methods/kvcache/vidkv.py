@@ -12,8 +12,9 @@ from fewbits.core.checks import check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import Paper
 from fewbits.core.tensor import CompressedTensor, Term
-from fewbits.formats.binary import Binary, spread_groups
+from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook
+from fewbits.formats.coded import spread_groups
 from fewbits.formats.columns import Columns
 from fewbits.formats.fourier import RealFourier
 from fewbits.formats.permutation import Partition

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewbits.core.allocation_method import AllocationMethod, AllocationProblem
+from fewbits.core.allocation_method import AllocationMethod, AllocationProblem, Order
 from fewbits.core.checks import check_positive, check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import Paper
@@ -49,7 +49,7 @@ class Cptquant(AllocationMethod):
     noise: float = 0.05
     draws: int = 4
     split: Literal["kmeans", "percentile"] = "kmeans"
-    order: Literal["importance", "reverse", "random"] = "importance"
+    order: Order = "importance"
     windows: int = 16  # "correlation" wants ten times as many as the directions that are to be compared
     seed: int = 0
 
@@ -89,7 +89,7 @@ class Cptquant(AllocationMethod):
     def allocate(self, problem: AllocationProblem, budget: float) -> dict[str, int]:
         scores, options = [problem.scores[part] for part in problem.sizes], problem.by_size()
         dealt = sorted((int(rank) for rank in self._ranks(torch.tensor(scores, dtype=torch.float64), len(options))), reverse=True)
-        chosen = {part: options[rank] for part, rank in zip(self._ordered(problem), dealt, strict=True)}
+        chosen = {part: options[rank] for part, rank in zip(problem.ordered(self.order, self.seed), dealt, strict=True)}
         for part in reversed(list(chosen)):
             # From the least sensitive block on, each down to the smallest width before the next one.
             while problem.size([chosen[one] for one in problem.sizes]) > budget and chosen[part] != options[0]:
@@ -146,13 +146,6 @@ class Cptquant(AllocationMethod):
         levels = cluster_rows(spread[None].float(), torch.ones(1, len(scores)), count)
         groups = ranked(scores, nearest_level(spread[None].float(), levels)[0].long())
         return groups + (count - 1 - int(groups.max()))  # where scores make fewer clusters, the smallest widths are not dealt out
-
-    def _ordered(self, problem: AllocationProblem) -> list[str]:
-        """The parts in the order in which the largest widths are dealt out."""
-        parts = list(problem.sizes)
-        if self.order == "random":
-            return [parts[index] for index in torch.randperm(len(parts), generator=torch.Generator().manual_seed(self.seed)).tolist()]
-        return sorted(parts, key=lambda part: problem.scores[part], reverse=self.order == "importance")
 
 
 def ranked(scores: Tensor, labels: Tensor) -> Tensor:

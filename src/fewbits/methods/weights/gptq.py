@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -80,6 +81,8 @@ class _Grid:
         rows, columns = weight.shape
         self.method, self.size = method, size
         self.groups = (stored_at // size).tolist()
+        ends = [j + 1 for j in range(columns) if j + 1 == columns or self.groups[j] != self.groups[j + 1]]
+        self.last = [end for start, end in pairwise([0, *ends]) for _ in range(start, end)]  # for each column, where its run ends
         # With one group a row there is nothing to refit: grids come from the original weight.
         self.dynamic = size < columns and not method.static_groups
         scales, zeros = fit_groups(weight, method.bits, size, symmetric=method.symmetric, search=method.search)
@@ -92,10 +95,7 @@ class _Grid:
             method, group_now = self.method, current[:, j : j + self.size]
             scale, zero = fit_uniform(group_now, method.bits, symmetric=method.symmetric, search=method.search)
             self.scales[group], self.zeros[group] = scale[:, 0].half().to(current.dtype), zero[:, 0]
-        last = j + 1
-        while last < len(self.groups) and self.groups[last] == group:
-            last += 1
-        return Run(last, self.scales[group], self.zeros[group], self.codes, self.method.bits)
+        return Run(self.last[j], self.scales[group], self.zeros[group], self.codes, self.method.bits)
 
     def __call__(self, j: int, column: Tensor, current: Tensor) -> Tensor:
         run = self.run(j, current)

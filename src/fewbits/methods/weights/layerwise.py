@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fewbits.core.allocation_method import AllocationMethod, AllocationProblem
+from fewbits.core.allocation_method import AllocationMethod, AllocationProblem, Order
 from fewbits.core.checks import check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import Paper
@@ -29,7 +29,7 @@ class Layerwise(AllocationMethod):
     """
 
     measure: Literal["lim", "zd"] = "lim"
-    order: Literal["importance", "reverse", "random"] = "importance"
+    order: Order = "importance"
     top_share: float = 0.0
     first_token: bool = False
     windows: int = 16
@@ -58,7 +58,7 @@ class Layerwise(AllocationMethod):
         return {name: -mean_cosine(states[index], states[index + 1]) for index, name in enumerate(probe.blocks)}
 
     def allocate(self, problem: AllocationProblem, budget: float) -> dict[str, int]:
-        options, ranked = problem.by_size(), self._ranked(problem)
+        options, ranked = problem.by_size(), problem.ordered(self.order, self.seed)
         if len(options) > 3:
             raise InputError(f"layerwise cuts one order between two or three widths, not {len(options)}; --options 4,2 would be right")
         chosen = dict.fromkeys(problem.sizes, options[0])
@@ -75,13 +75,6 @@ class Layerwise(AllocationMethod):
                 break
             chosen[part] = option
         return chosen
-
-    def _ranked(self, problem: AllocationProblem) -> list[str]:
-        """The parts, those that get the larger width first; the earlier of two with one score comes first."""
-        parts = list(problem.sizes)
-        if self.order == "random":
-            return [parts[index] for index in torch.randperm(len(parts), generator=torch.Generator().manual_seed(self.seed)).tolist()]
-        return sorted(parts, key=lambda part: problem.scores[part], reverse=self.order == "importance")
 
 
 def mean_cosine(before: Tensor, after: Tensor) -> float:
