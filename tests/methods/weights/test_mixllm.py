@@ -11,6 +11,7 @@ import fewbits
 from fewbits.core.errors import InputError
 from fewbits.core.method import Statistics
 from fewbits.core.tensor import from_stored
+from fewbits.formats.coded import spread_groups
 from fewbits.layers.group_activation import GroupQuantizer
 from fewbits.methods.weights.mixllm import Mixllm
 from fewbits.models.adapter import Adapter
@@ -103,7 +104,7 @@ def test_integers_first_and_scales_afterwards_give_the_same(columns):
     outputs = torch.empty(len(heldout), 32)
     start = 0
     for term in tensor.terms[0].terms:
-        levels = term.unpacked_codes().int() - term._spread(term.unpacked_zero_points()).int()
+        levels = term.unpacked_codes().int() - spread_groups(term.unpacked_zero_points(), term.group_size, columns).int()
         total = torch.zeros(len(heldout), term.rows)
         for group in range(scales.shape[1]):
             at = slice(group * 64, min((group + 1) * 64, columns))
