@@ -106,3 +106,7 @@ class Contents:
         """Names of the linears that stayed dense, the model's head among them."""
         held = set(self.names)
         return [name for name, module in self.shell.named_modules() if isinstance(module, kinds) and name not in held]
+
+    def kept_names(self) -> list[str]:
+        """Names of those linears and of their weights: versions of transformers compare the one or the other with what is kept."""
+        return [text for name in self.dense_linears() for text in (name, f"{name}.weight")]

@@ -72,13 +72,19 @@ def read_grid(weight: CompressedTensor) -> Grid | str:
     """The grid that `weight` is, or why it is none, to be put behind a layer's name."""
     if (reason := not_one_term(weight)) is not None:
         return reason
+    order = input_order(weight)
+    return order if isinstance(order, str) else _read_term(weight.terms[0], order)
+
+
+def input_order(weight: CompressedTensor) -> Tensor | str | None:
+    """int64 `[columns]`: which input each column of the terms multiplies; None: its own. Or what else is done to the inputs."""
     order: Tensor | None = None
     for transform in weight.input_transforms:
         here = _order(transform)
         if here is None:
             return f"a {transform.kind} of its inputs has no place there"
         order = here if order is None else order[here]
-    return _read_term(weight.terms[0], order)
+    return order
 
 
 def rounds_inputs(stored: StoredLinear) -> str | None:
@@ -100,9 +106,12 @@ def not_one_term(weight: CompressedTensor) -> str | None:
     """Why `weight` is more than one term of its inputs."""
     if len(weight.terms) > 1:
         return f"its weight is a sum of {len(weight.terms)} terms ({' + '.join(term.kind for term in weight.terms)})"
-    if weight.output_transforms:
-        return f"a {weight.output_transforms[0].kind} of its outputs has no place there"
-    return None
+    return transforms_outputs(weight)
+
+
+def transforms_outputs(weight: CompressedTensor) -> str | None:
+    """What is done to the outputs of `weight`'s terms."""
+    return f"a {weight.output_transforms[0].kind} of its outputs has no place there" if weight.output_transforms else None
 
 
 def nearest_grid(stored: StoredLinear, *, bits: int, group_size: int | None, symmetric: bool) -> StoredLinear:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbits.formats.transposed import Transposed
+from fewbits.formats.uniform import Uniform
+
 
 @dataclass(frozen=True)
 class SecondLevel:
@@ -37,6 +40,12 @@ def fit_second_level(values: Tensor, bits: int, size: int) -> SecondLevel:
     codes = torch.round(padded / scales[:, None] + zeros[:, None]).clamp(0, 2**bits - 1)
     decoded = (codes - zeros[:, None]) * scales[:, None]
     return SecondLevel(codes.flatten()[:rows].to(torch.uint8), scales.half(), zeros.half(), decoded.flatten()[:rows])
+
+
+def as_term(levels: list[SecondLevel], bits: int, size: int) -> Transposed:
+    """The term `[rows, vectors]` that stands for the values of one vector after another, all fitted with `bits` and `size`."""
+    codes, scales, zeros = (torch.stack([getattr(one, name) for one in levels]) for name in ("codes", "scales", "zeros"))
+    return Transposed(Uniform.from_codes(codes, scales, zeros, bits=bits, group_size=min(size, codes.shape[1])))
 
 
 def fit_range(weight: Tensor, bits: int, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -67,9 +67,7 @@ class Aqlm(Target):
         books, _, size = next(iter(shapes))
         write_shards(destination, self._tensors(contents, bits))
         config: dict[str, Any] = {"quant_method": "aqlm", "in_group_size": size, "out_group_size": 1, "num_codebooks": books}
-        # Parameters by name, as the format has it, and modules, which are what transformers 5 compares them with.
-        kept = [text for name in contents.dense_linears() for text in (name, f"{name}.weight")]
-        config |= {"nbits_per_codebook": bits, "linear_weights_not_to_quantize": kept}
+        config |= {"nbits_per_codebook": bits, "linear_weights_not_to_quantize": contents.kept_names()}
         write_config(destination, contents.config | {"quantization_config": config})
 
     def recognizes(self, path: Path) -> bool:

@@ -14,10 +14,9 @@ from fewbits.core.method import LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor, Term
 from fewbits.formats.permutation import Permutation
 from fewbits.formats.sparse import Sparse
-from fewbits.formats.transposed import Transposed
 from fewbits.formats.uniform import Uniform
 from fewbits.solvers.error_feedback import Factor, error_feedback, factorize_ordered
-from fewbits.solvers.two_level import SecondLevel, fit_range, fit_second_level, round_with
+from fewbits.solvers.two_level import SecondLevel, as_term, fit_range, fit_second_level, round_with
 from fewbits.statistics.hessian import Hessian
 
 
@@ -81,9 +80,7 @@ class Spqr(LayerMethod):
         """One column of scales, or zero points, for each group, as they are stored: fp16 `[rows, groups]` or a term."""
         if self.second_bits is None:
             return torch.stack([one for one in levels if isinstance(one, Tensor)], dim=1).half()
-        second = [one for one in levels if isinstance(one, SecondLevel)]
-        parts = [torch.stack([getattr(one, name) for one in second]) for name in ("codes", "scales", "zeros")]
-        return Transposed(Uniform.from_codes(*parts, bits=self.second_bits, group_size=min(self.second_group, parts[0].shape[1])))
+        return as_term([one for one in levels if isinstance(one, SecondLevel)], self.second_bits, self.second_group)
 
 
 class _Walk:
