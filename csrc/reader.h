@@ -1,0 +1,167 @@
+// A matrix as it was described, read field by field. Every size is checked here, before a kernel reads.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <list>
+#include <stdexcept>
+#include <vector>
+
+#include "matrix.h"
+
+namespace fewbits {
+
+constexpr int64_t largest = int64_t{1} << 40;
+
+inline void require(bool right, const char* what) {
+  if (!right) throw std::invalid_argument(what);
+}
+
+inline Number to_number(int64_t code) {
+  require(code >= 0 && code <= 2, "a number must be of type 0 (float32), 1 (float16) or 2 (bfloat16)");
+  return static_cast<Number>(code);
+}
+
+inline int64_t size_of(Number number) { return number == Number::f32 ? 4 : 2; }
+
+// A matrix as Python describes it: `layout` in the order of the fields, `buffers` an address and a size for each in turn.
+class Reader {
+ public:
+  Reader(const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers) : layout_(layout), buffers_(buffers) {}
+
+  const Coded& read_whole(bool others = false) {
+    const Coded& found = read_coded(0, others);
+    finish();
+    return found;
+  }
+
+  const Coded& read_matrix() { return read_coded(0); }
+
+  void finish() const { require(at_ == layout_.size() && buffer_ == buffers_.size(), "a layout describes less than was given"); }
+
+  int64_t next(int64_t low, int64_t high) {
+    require(at_ < layout_.size(), "a layout ends too early");
+    const int64_t value = layout_[at_++];
+    require(value >= low && value <= high, "a size in a layout is out of range");
+    return value;
+  }
+
+  const void* next_buffer(int64_t bytes, bool exactly = true) {
+    require(buffer_ + 2 <= buffers_.size(), "a layout needs more buffers than were given");
+    const uint64_t address = buffers_[buffer_], size = buffers_[buffer_ + 1];
+    buffer_ += 2;
+    require(exactly ? size == static_cast<uint64_t>(bytes) : size >= static_cast<uint64_t>(bytes), "a buffer is not of the size that its layout says");
+    require(address != 0 || bytes == 0, "a buffer has no memory");
+    return reinterpret_cast<const void*>(address);
+  }
+
+ private:
+  // Numbers as they are, compressed sparse rows, or codewords.
+  const Coded& read_other(Coded& matrix) {
+    matrix.form = static_cast<Coded::Form>(next(1, 3));
+    matrix.number = to_number(next(0, 2));
+    require(matrix.columns <= largest / matrix.rows, "a matrix is too large");
+    if (matrix.form == Coded::vectors) return read_vectors(matrix);
+    if (matrix.form == Coded::plain) {
+      matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.rows * matrix.columns * size_of(matrix.number)));
+      return matrix;
+    }
+    matrix.index_bytes = next(2, 4);
+    require(matrix.index_bytes != 3, "the columns of entries must be of 2 or 4 bytes");
+    matrix.entries = next(0, largest);
+    matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.entries * size_of(matrix.number)));
+    matrix.indices = next_buffer(matrix.entries * matrix.index_bytes);
+    matrix.pointers = static_cast<const int32_t*>(next_buffer((matrix.rows + 1) * 4));
+    return matrix;
+  }
+
+  const Coded& read_vectors(Coded& matrix) {
+    matrix.unit = next(4, 16);
+    require(matrix.unit == 4 || matrix.unit == 8 || matrix.unit == 16, "codewords must be of 4, 8 or 16 numbers");
+    matrix.books = next(1, 64);
+    matrix.bits = static_cast<int>(next(1, 16));
+    matrix.entries = next(1, int64_t{1} << matrix.bits);
+    matrix.transposed = next(0, 1) == 1;
+    const int64_t rows = matrix.transposed ? matrix.columns : matrix.rows, along = matrix.transposed ? matrix.rows : matrix.columns;
+    matrix.row_bytes = ((along + matrix.unit - 1) / matrix.unit * matrix.books * matrix.bits + 7) / 8;
+    require(matrix.row_bytes <= largest / rows, "a matrix is too large");
+    matrix.code_bytes = matrix.row_bytes * rows;
+    matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.code_bytes));
+    matrix.indices = next_buffer(matrix.books * matrix.entries * matrix.unit * size_of(matrix.number));
+    matrix.scales = read_values(matrix, 0);
+    const bool fits = matrix.scales.kind == Values::dense && matrix.scales.rows == rows && matrix.scales.columns == 1;
+    require(matrix.scales.kind == Values::none || fits, "scales of codewords must be plain numbers, one for each row of codes");
+    return matrix;
+  }
+
+  const Coded& read_coded(int depth, bool others = false) {
+    require(depth < 3, "scales of scales of scales are not known");
+    Coded& coded = made_.emplace_back();
+    coded.rows = next(1, largest);
+    coded.columns = next(1, largest);
+    coded.bits = static_cast<int>(next(depth == 0 && others ? 0 : 1, 8));
+    if (coded.bits == 0) return read_other(coded);
+    coded.group = std::min(next(1, largest), coded.columns);
+    coded.groups = (coded.columns + coded.group - 1) / coded.group;
+    coded.row_bytes = (coded.columns * coded.bits + 7) / 8;
+    require(coded.row_bytes <= largest / coded.rows, "a matrix is too large");
+    coded.code_bytes = coded.row_bytes * coded.rows;
+    coded.codes = static_cast<const uint8_t*>(next_buffer(coded.code_bytes));
+    coded.levels = read_values(coded, depth);
+    coded.scales = read_values(coded, depth);
+    coded.zeros = read_values(coded, depth);
+    check(coded);
+    return coded;
+  }
+
+  static void check(Coded& coded) {
+    const auto fits = [&coded](const Values& values) {
+      return values.kind == Values::none || ((values.rows == 1 || values.rows == coded.rows) && values.columns == coded.groups);
+    };
+    require(fits(coded.scales) && fits(coded.zeros), "scales or zero points do not fit the groups of a matrix");
+    const bool signs = coded.zeros.kind == Values::signs;
+    require(coded.scales.kind != Values::signs && coded.levels.kind != Values::signs, "signs are a kind of zero points");
+    require(!signs || coded.bits == 1, "signs must be of one bit");
+    require(signs || coded.levels.kind != Values::none || coded.scales.kind != Values::none, "a matrix has neither levels nor scales");
+    require(coded.scales.kind != Values::packed, "scales cannot be packed integers");
+    if (coded.levels.kind == Values::none) return;
+    require(coded.levels.kind == Values::dense && coded.zeros.kind == Values::none, "levels must be plain numbers, without zero points");
+    const int64_t book = int64_t{1} << coded.bits;
+    coded.level_groups = coded.levels.columns / book;
+    require(coded.levels.rows == 1 || coded.levels.rows == coded.rows, "levels do not fit the rows of a matrix");
+    require(coded.levels.columns == book || coded.levels.columns == book * coded.groups, "levels do not fit the groups of a matrix");
+  }
+
+  Values read_values(const Coded& owner, int depth) {
+    Values values;
+    values.kind = static_cast<Values::Kind>(next(0, 5));
+    if (values.kind == Values::none) return values;
+    if (values.kind == Values::signs && next(0, 1) == 0) {  // without offsets
+      values.rows = 1;
+      values.columns = owner.groups;
+      return values;
+    }
+    if (values.kind == Values::coded) {
+      values.inner = &read_coded(depth + 1);
+      values.rows = values.inner->rows;
+      values.columns = values.inner->columns;
+      return values;
+    }
+    values.rows = next(1, largest);
+    values.columns = next(1, largest);
+    values.number = to_number(next(0, 2));
+    require(values.columns <= largest / values.rows, "a table is too large");
+    const int64_t count = values.rows * values.columns;
+    if (values.kind == Values::dense || values.kind == Values::signs) values.data = next_buffer(count * size_of(values.number));
+    else if (values.kind == Values::table) values.data = next_buffer(count);
+    else values.data = next_buffer(values.rows * ((values.columns * owner.bits + 7) / 8));
+    if (values.kind == Values::table) values.lookup = static_cast<const float*>(next_buffer(256 * 4));
+    return values;
+  }
+
+  const std::vector<int64_t>& layout_;
+  const std::vector<uint64_t>& buffers_;
+  std::list<Coded> made_;  // whose addresses stay
+  size_t at_ = 0, buffer_ = 0;
+};
+
+}  // namespace fewbits
