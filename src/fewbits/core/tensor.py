@@ -138,6 +138,13 @@ class Term(Part):
         """One term with the columns of `beside` behind these, where every stored number can stay as it is; else None."""
         return None
 
+    def taken(self, rows: Tensor) -> Term:
+        """The term of the rows `rows [count]` (int64) alone, in that order, of stored numbers as they are.
+
+        Raises InputError for a kind whose rows cannot be read without the others.
+        """
+        raise InputError(f"rows of a term of kind {self.kind} cannot be read alone; uniform grids or codebooks, as of rtn or hqq, can")
+
 
 class Transform(Part):
     """An invertible linear map T of the last axis, y = T x."""
@@ -208,6 +215,17 @@ class CompressedTensor(Part, kind="compressed_tensor"):
         joined = [term.stacked(other) for term, other in zip(self.terms, below.terms, strict=True)]
         terms = tuple(term for term in joined if term is not None)
         return CompressedTensor(terms, self.input_transforms) if len(terms) == len(joined) else None
+
+    def taken(self, rows: Tensor) -> CompressedTensor:
+        """The tensor of the rows `rows [count]` (int64) alone, in that order.
+
+        Raises InputError where a row is not stored by itself: as of transforms of the outputs, or of terms that cannot tell rows apart.
+        """
+        if self.output_transforms:
+            raise InputError(
+                f"rows behind a {self.output_transforms[0].kind} of the outputs cannot be read alone; a method without would do"
+            )
+        return CompressedTensor(tuple(term.taken(rows) for term in self.terms), self.input_transforms)
 
     def bits_per_weight(self) -> float:
         """All stored bits over rows x columns."""

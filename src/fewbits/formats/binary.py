@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.formats.coded import Coded, describe_numbers, spread_groups
+from fewbits.formats.coded import Coded, describe_numbers, spread_groups, taken_rows
 from fewbits.formats.packing import pack, unpack
 from fewbits.kernels.layout import ABSENT, Description, coded, signs
 
@@ -76,3 +77,7 @@ class Binary(Coded, kind="binary"):
         if self.offsets is not None:
             values = values + spread_groups(self.offsets.float(), self.group_size, self.columns)
         return values.to(dtype)
+
+    def taken(self, rows: Tensor) -> Binary:
+        scales, offsets = (None if one is None else cast(Tensor, taken_rows(one, rows)) for one in (self.scales, self.offsets))
+        return Binary(self.signs.index_select(0, rows), scales, offsets, len(rows), self.columns, self.group_size)

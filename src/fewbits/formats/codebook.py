@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
-from fewbits.formats.coded import Coded, describe_numbers
+from fewbits.formats.coded import Coded, describe_numbers, taken_rows
 from fewbits.formats.packing import pack, unpack
 from fewbits.kernels.layout import ABSENT, Description, coded
 
@@ -100,6 +101,11 @@ class Codebook(Coded, kind="codebook"):
             scales = torch.cat([pair[0], pair[1]])
         codes = torch.cat([self.codes, below.codes])
         return Codebook(codes, self.levels, scales, self.rows + below.rows, self.columns, self.bits_per_code, self.group_size)
+
+    def taken(self, rows: Tensor) -> Codebook:
+        levels = cast(Tensor, taken_rows(self.levels, self._places(len(self.levels))[rows]))
+        scales = None if self.scales is None else taken_rows(self.scales, self._places(self.scales.shape[0])[rows])
+        return Codebook(self.codes.index_select(0, rows), levels, scales, len(rows), self.columns, self.bits_per_code, self.group_size)
 
     def _places(self, count: int) -> Tensor:
         """int64 `[rows]`: which of `count` rows of levels or scales each row has."""

@@ -45,6 +45,13 @@ def describe_numbers(stored: Tensor | Term | None) -> Description | None:
     return dense(stored.decode() if isinstance(stored, Term) else stored)
 
 
+def taken_rows(stored: Tensor | Term, rows: Tensor) -> Tensor | Term:
+    """Of numbers that each row has for itself those of `rows [count]`; one row that all share stays."""
+    if stored.shape[0] == 1:
+        return stored
+    return stored.index_select(0, rows) if isinstance(stored, Tensor) else stored.taken(rows)
+
+
 def stored_numbers(stored: Tensor | Term) -> Tensor:
     """Scales, zero points or minimums in float32, which are numbers or a term of them."""
     return stored.decode() if isinstance(stored, Term) else stored.float()

@@ -36,6 +36,9 @@ class Dense(Term, kind="dense"):
         found = dispatch.multiply(layout.plain(self.values), inputs) if narrow else None
         return super().matmul(inputs) if found is None else found
 
+    def taken(self, rows: Tensor) -> Dense:
+        return Dense(self.values.index_select(0, rows))
+
     def stacked(self, below: Term) -> Term | None:
         return self._joined(below, 0)
 

@@ -31,3 +31,6 @@ class LowRank(Term, kind="low_rank"):
 
     def matmul(self, inputs: Tensor) -> Tensor:
         return self.left.matmul(self.right.matmul(inputs))
+
+    def taken(self, rows: Tensor) -> LowRank:
+        return LowRank(self.left.taken(rows), self.right)

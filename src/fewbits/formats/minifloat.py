@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.formats.coded import Coded
+from fewbits.formats.coded import Coded, taken_rows
 from fewbits.formats.packing import pack, unpack
 from fewbits.kernels.layout import ABSENT, Description, coded, dense, table
 
@@ -162,6 +162,10 @@ class Minifloat(Coded, kind="minifloat"):
         numbers = self.layout.values().to(self.codes.device)[unpack(self.codes, self.layout.bits, self.columns).long()]
         scales = _scale_values(self.scales, self.tensor_scale, self.scale_format)
         return (numbers * scales.repeat_interleave(self.block_size, dim=1)[:, : self.columns]).to(dtype)
+
+    def taken(self, rows: Tensor) -> Minifloat:
+        scales = cast(Tensor, taken_rows(self.scales, rows))
+        return replace(self, codes=self.codes.index_select(0, rows), scales=scales, rows=len(rows))
 
 
 def _fit_scales(largest: Tensor, layout: Layout, scale_format: str) -> tuple[Tensor, Tensor | None]:

@@ -56,6 +56,14 @@ class Sparse(Term, kind="sparse"):
         found = dispatch.multiply(layout.sparse(self.values, self.column_indices, self.row_pointers, self.columns), inputs)
         return super().matmul(inputs) if found is None else found
 
+    def taken(self, rows: Tensor) -> Sparse:
+        starts, counts = self.row_pointers[rows].long(), self.row_pointers.diff()[rows].long()
+        ends = counts.cumsum(0)
+        # An entry's place: its row's first one, and how many entries of the same row come before it.
+        places = torch.arange(int(counts.sum()), device=rows.device) + torch.repeat_interleave(starts - ends + counts, counts)
+        pointers = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+        return Sparse(self.values[places], self.column_indices[places], pointers, self.columns)
+
 
 @dataclass(frozen=True, eq=False)
 class Pattern(Term, kind="pattern"):

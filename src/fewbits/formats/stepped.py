@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
-from fewbits.formats.coded import Coded, describe_numbers, spread_groups, stored_numbers
+from fewbits.formats.coded import Coded, describe_numbers, spread_groups, stored_numbers, taken_rows
 from fewbits.formats.packing import pack, unpack
 from fewbits.kernels import dispatch
 from fewbits.kernels.layout import ABSENT, Description, coded, dense
@@ -85,6 +85,11 @@ class Stepped(Coded, kind="stepped"):
         missing = self.steps.shape[1] * self.group_size - self.columns
         sums = torch.nn.functional.pad(inputs, (0, missing)).unflatten(-1, (-1, self.group_size)).sum(-1)
         return outputs + sums @ stored_numbers(self.minimums).to(inputs.dtype).T
+
+    def taken(self, rows: Tensor) -> Stepped:
+        steps, minimums = (None if one is None else taken_rows(one, rows) for one in (self.steps, self.minimums))
+        assert steps is not None
+        return replace(self, codes=self.codes.index_select(0, rows), steps=steps, minimums=minimums, rows=len(rows))
 
     def _raised(self, multiples: Tensor) -> Tensor:
         return (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
-from fewbits.formats.coded import Coded, describe_numbers, spread_groups, stored_numbers
+from fewbits.formats.coded import Coded, describe_numbers, spread_groups, stored_numbers, taken_rows
 from fewbits.formats.packing import pack, unpack
 from fewbits.formats.ranges import fit_extremes, round_codes
 from fewbits.kernels.layout import ABSENT, Description, coded, packed
@@ -129,6 +129,11 @@ class Uniform(Coded, kind="uniform"):
         zeros = self.zero_points
         whole = zeros is None or cast(Tensor, zeros).is_floating_point() or self.scales.shape[1] * self.bits_per_code % 8 == 0
         return self._joined(cast(Uniform, beside), 1, zeros) if whole else None
+
+    def taken(self, rows: Tensor) -> Uniform:
+        zeros = None if self.zero_points is None else taken_rows(self.zero_points, rows)
+        codes, scales = self.codes.index_select(0, rows), taken_rows(self.scales, rows)
+        return Uniform(codes, scales, zeros, len(rows), self.columns, self.bits_per_code, self.group_size)
 
     def _alike(self, other: Uniform) -> bool:
         """Whether both are of one width, group size and kind of stored numbers."""
