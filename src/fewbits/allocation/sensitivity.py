@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.method import GradientMethod
@@ -27,21 +27,28 @@ class Candidate:
     """One option in one layer: its dense `weight [out, in]`, what is `stored` of it, and what is known of its inputs."""
 
     layer: str
-    linear: nn.Module
     weight: Tensor
     stored: StoredLinear
     moment: Tensor  # 2 E[x x^T], `[in, in]`
     relative_error: float  # squared output error over squared output
+    known: Tensor | None = None  # what the sensitivity keeps of the layer
 
 
 class Sensitivity(ABC):
-    """Prepared once for a model and its text, then asked about every candidate."""
+    """Prepared once for a model and its text, then asked about every candidate, here or in a process that it is sent to."""
 
     kind: ClassVar[Kind]
 
     def __init__(self, source: ModelSource, layers: Sequence[str], windows: Tensor, mask: Tensor | None, store: Store) -> None:
         """`windows [count, length]` are those that it is measured on; what takes long is kept in `store`."""
         self.store = store
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "store"}  # whose files stay here
+
+    def known(self, layers: Collection[str]) -> Mapping[str, Tensor]:
+        """What is kept of `layers`, for their candidates; nothing by default."""
+        return {}
 
     @abstractmethod
     def loss(self, candidate: Candidate) -> float: ...
@@ -76,8 +83,15 @@ class _GradientLoss(Sensitivity):
     @abstractmethod
     def _gather(self, source: ModelSource, layers: Sequence[str], windows: Tensor) -> Mapping[str, Tensor]: ...
 
-    def _kept(self, layer: str) -> Tensor:
-        return self.store.state(self.kind, [layer])[layer]
+    def known(self, layers: Collection[str]) -> Mapping[str, Tensor]:
+        return self.store.state(self.kind, layers)
+
+    def loss(self, candidate: Candidate) -> float:
+        assert candidate.known is not None
+        return self._loss(candidate, candidate.known)
+
+    @abstractmethod
+    def _loss(self, candidate: Candidate, kept: Tensor) -> float: ...
 
 
 class Fisher(_GradientLoss):
@@ -91,9 +105,9 @@ class Fisher(_GradientLoss):
         # A sample's loss is the mean of its tokens', whose gradients are nearly unrelated: a token's squares are as many times larger.
         return {name: total * ((windows.shape[1] - 1) / len(windows)) for name, total in sums.items()}
 
-    def loss(self, candidate: Candidate) -> float:
+    def _loss(self, candidate: Candidate, kept: Tensor) -> float:
         error = candidate.stored.weight.decode() - candidate.weight
-        return float((self._kept(candidate.layer) * error.square()).sum(dtype=error.dtype)) / 2
+        return float((kept * error.square()).sum(dtype=error.dtype)) / 2
 
 
 class OutputHessian(_GradientLoss):
@@ -107,10 +121,10 @@ class OutputHessian(_GradientLoss):
     def _gather(self, source: ModelSource, layers: Sequence[str], windows: Tensor) -> Mapping[str, Tensor]:
         return gather_output_gradients(source, layers, windows)
 
-    def loss(self, candidate: Candidate) -> float:
+    def _loss(self, candidate: Candidate, kept: Tensor) -> float:
         error = candidate.stored.weight.decode() - candidate.weight
         squares = ((error @ candidate.moment) * error).sum(1) / 2
-        return float((self._kept(candidate.layer) * squares).sum()) / 2
+        return float((kept * squares).sum()) / 2
 
 
 class Divergence(Sensitivity):
@@ -124,10 +138,11 @@ class Divergence(Sensitivity):
 
     def loss(self, candidate: Candidate) -> float:
         layer, stored, first = candidate.layer, candidate.stored, self.probe.block_of(candidate.layer)
+        linear = self.probe.linears[self.probe.blocks[first]][layer]
         if stored.activation is None and stored.offset is None:
-            with self.probe.changed({f"{layer}.weight": oriented(candidate.linear, stored.weight.decode())}):
+            with self.probe.changed({f"{layer}.weight": oriented(linear, stored.weight.decode())}):
                 return self.probe.divergence(first)
-        bias = candidate.linear.bias
+        bias = linear.bias
         with self.probe.replaced(layer, CompressedLinear(stored, bias if isinstance(bias, Tensor) else None)):
             return self.probe.divergence(first)
 

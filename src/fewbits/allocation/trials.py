@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,15 @@ from fewbits.core.errors import InputError
 from fewbits.core.method import Accumulator, LayerMethod, Statistics
 from fewbits.models.adapter import Adapter, weight_matrix
 from fewbits.models.source import ModelSource
+from fewbits.models.weights import Weights
 from fewbits.pipeline.dense_pass import DensePass
-from fewbits.pipeline.entries import checked_linears, layer_entry, second_moment
+from fewbits.pipeline.entries import checked_linears, second_moment
 from fewbits.pipeline.feed import StreamOptions
 from fewbits.pipeline.gather import assume_nothing
 from fewbits.pipeline.gradients import gather_sensitivities
 from fewbits.pipeline.memory import return_freed_memory
 from fewbits.pipeline.plan import Plan
-from fewbits.pipeline.solve import solve_group
+from fewbits.pipeline.solve import GroupJob, solve_weights
 from fewbits.pipeline.store import Store
 from fewbits.pipeline.stream import run_settings
 from fewbits.statistics.hessian import Hessian
@@ -113,37 +113,54 @@ class _Trials:
         self.source.load_module(self.shell, name, self.dense.options.dtype)
         linears = checked_linears(self.adapter, name, plan)
         gathered = self.dense.statistics(index, self.needs, linears)
-        trials: dict[str, Any] = {}
+        groups = {layer: group for group in gathered for layer in group}
+        rows: dict[str, list[tuple[int, float]]] = {layer: [] for layer in linears}
+        for tried in self.dense.options.workers.map(try_option, self._jobs(linears, gathered, sensitivity)):
+            for layer, row in tried.items():
+                rows[layer].append(row)
+        trials = {}
+        for layer, linear in linears.items():
+            weight, (sizes, losses) = weight_matrix(linear), zip(*rows[layer], strict=True)
+            trials[layer] = asdict(LayerTrial(name, fused_name(name, groups[layer], layer), weight.numel(), weight.shape[1], sizes, losses))
+        self.store.write_block(index, {}, {"trials": trials})
+        self.shell.get_submodule(name).to("meta")  # nothing of a finished block stays in memory
+
+    def _jobs(
+        self, linears: Mapping[str, nn.Module], gathered: dict[tuple[str, ...], Statistics], sensitivity: Sensitivity
+    ) -> Iterator[tuple[_Group, GroupJob]]:
+        """Every option for each group of linears that read one tensor; `gathered` is emptied."""
         for group in list(gathered):
+            return_freed_memory()
             statistics = gathered.pop(group)  # a group's statistics go as soon as it is solved
             if not statistics.tokens:
                 assume_nothing(statistics)
-            tried = self._try_group({layer: linears[layer] for layer in group}, statistics, sensitivity)
-            for layer, rows in tried.items():
-                weight = weight_matrix(linears[layer])
-                trials[layer] = asdict(LayerTrial(name, fused_name(name, group, layer), weight.numel(), weight.shape[1], *rows))
-            return_freed_memory()
-        self.store.write_block(index, {}, {"trials": {layer: trials[layer] for layer in linears}})
-        self.shell.get_submodule(name).to("meta")  # nothing of a finished block stays in memory
+            weights = Weights(self.source, {layer: linears[layer] for layer in group}, self.dense.options.dtype)
+            common = _Group(statistics, sensitivity, sensitivity.known(group))
+            for index, option in enumerate(self.options):
+                sensitivities = self.store.state(_gradients(index), group) if option.uses_gradients else {}
+                yield common, GroupJob(option, weights, sensitivities)
 
-    def _try_group(
-        self, linears: Mapping[str, nn.Module], statistics: Statistics, sensitivity: Sensitivity
-    ) -> dict[str, tuple[tuple[int, ...], tuple[float, ...]]]:
-        """Bits and losses of every option, by layer."""
-        weights = {name: weight_matrix(linear).float().contiguous() for name, linear in linears.items()}
-        moment = second_moment(statistics)
-        assert moment is not None
-        sizes: dict[str, list[int]] = {name: [] for name in weights}
-        losses: dict[str, list[float]] = {name: [] for name in weights}
-        for index, option in enumerate(self.options):
-            if option.uses_gradients:
-                statistics.sensitivities = self.store.state(_gradients(index), weights)
-            for name, stored in solve_group(option, weights, statistics).items():
-                entry = layer_entry(name, weights[name], stored, moment, statistics.tokens)
-                sizes[name].append(sum(entry["bits"].values()))
-                candidate = Candidate(name, linears[name], weights[name], stored, moment, entry["relative_error"])
-                losses[name].append(sensitivity.loss(candidate))
-        return {name: (tuple(sizes[name]), tuple(losses[name])) for name in weights}
+
+@dataclass(frozen=True)
+class _Group:
+    """What all options of linears that read one input are tried with."""
+
+    statistics: Statistics
+    sensitivity: Sensitivity
+    known: Mapping[str, Tensor]  # what the sensitivity keeps of each layer
+
+
+@torch.no_grad()
+def try_option(group: _Group, job: GroupJob) -> dict[str, tuple[int, float]]:
+    """Stored bits and loss of one option, by layer."""
+    weights, moment = job.weights.matrices(), second_moment(group.statistics)
+    assert moment is not None
+    found = {}
+    stored, entries = solve_weights(group.statistics, job, weights)
+    for name, entry in entries.items():
+        candidate = Candidate(name, weights[name], stored[name], moment, entry["relative_error"], group.known.get(name))
+        found[name] = sum(entry["bits"].values()), group.sensitivity.loss(candidate)
+    return found
 
 
 def _gradients(option: int) -> str:

@@ -12,14 +12,15 @@ import torch
 
 from fewbits.comparison.configuration import Configuration, read_configurations
 from fewbits.comparison.estimate import estimate_comparison
-from fewbits.comparison.folder import Folder, as_json, read_run
-from fewbits.comparison.job import Bench, Calibration, Job, calibrated, run_job
+from fewbits.comparison.folder import Folder, as_json
+from fewbits.comparison.job import Bench, Calibration, Job, calibrated, run_jobs
 from fewbits.comparison.samples import Samples
 from fewbits.comparison.summary import Row, summary
 from fewbits.core.checks import check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import Accumulator, LayerMethod
 from fewbits.core.record import make_record
+from fewbits.core.workers import ThisProcess
 from fewbits.data.text import TextSample
 from fewbits.evaluation.fidelity import paired_interval, score
 from fewbits.evaluation.streamed import StreamedModel
@@ -79,20 +80,17 @@ def compare(  # noqa: PLR0913 - a model, methods, two texts, and how
     report("the dense model on the text", None)
     bench = Bench(source, text, DensePass(source, windows, None, folder.shared, options), options, settings.samples)
     bench.dense.gather([Hessian], final=True)
-    dense = Job(bench, None, None)
-    run_job(dense, folder)
+    (dense,) = run_jobs([Job(bench, None, None)], folder, ThisProcess())
     noise = _noise(bench, settings.noise_windows)
     report("calibration", None)
     _gather(configurations, calibrations, options)
+    jobs = {one.name: [Job(bench, one, drawn) for drawn in calibrated(one, calibrations)] for one in configurations}
+    runs = run_jobs([job for some in jobs.values() for job in some], folder, options.workers, lambda what: report(what, None))
     rows = []
     for configuration in configurations:
-        jobs = [Job(bench, configuration, one) for one in calibrated(configuration, calibrations)]
-        for job in jobs:
-            report(job.slug(), None)
-            run_job(job, folder)
-        rows.append(Row(configuration, [read_run(folder.run(job.slug(), job.key())) for job in jobs]))
+        rows.append(Row(configuration, [next(runs) for _ in jobs[configuration.name]]))
         report(configuration.name, rows[-1].measured())
-    results = summary(rows, read_run(folder.run(dense.slug(), dense.key())), baseline, noise)
+    results = summary(rows, dense, baseline, noise)
     asked = {"calibration": asdict(calibration), "text": asdict(text), "baseline": baseline, "repeats": settings.repeats}
     asked |= {"inputs": options.inputs, "prompts": list(settings.samples.prompts), "new_tokens": settings.samples.tokens}
     record = make_record("compare", model, asked, results, began)

@@ -16,6 +16,7 @@ from fewbits.core.files import write_text, written_whole
 from fewbits.evaluation.fidelity import TokenScores
 
 RECORD, SCORES, TIMING = "record.json", "scores.safetensors", "timing.json"
+Run = tuple[dict[str, Any], TokenScores, dict[str, Any]]  # record, scores, timing
 
 
 class Folder:
@@ -47,7 +48,7 @@ class Folder:
         write_text(self.path / name, text)
 
 
-def read_run(run: Path) -> tuple[dict[str, Any], TokenScores, dict[str, Any]]:
+def read_run(run: Path) -> Run:
     """Record, scores and timing. Raises InputError where a file cannot be read."""
     try:
         record, timing = (json.loads((run / name).read_text()) for name in (RECORD, TIMING))

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewbits.comparison.configuration import Configuration
-from fewbits.comparison.folder import Folder
+from fewbits.comparison.folder import Folder, Run, read_run
 from fewbits.comparison.samples import Samples, write_on
 from fewbits.core.record import machine, peak_memory, restart_peak_memory, versions
+from fewbits.core.workers import ThisProcess, Workers
 from fewbits.data.text import TextSample
 from fewbits.evaluation.fidelity import TokenScores, score, summarize
 from fewbits.evaluation.streamed import ModelFromStates, Replacements, StreamedModel
@@ -103,21 +107,54 @@ def calibrated(configuration: Configuration, calibrations: list[Calibration]) ->
     return [*calibrations] if reads_text(configuration.plan) else [None]
 
 
-def run_job(job: Job, folder: Folder) -> None:
-    """Compress, measure, let it write, and keep the run; nothing is done where it is there already.
+@dataclass(frozen=True)
+class Task:
+    """A job to be done, and the folder `work` where what is finished of it is kept; another process that it is sent to keeps nothing."""
 
-    A killed job goes on from the blocks that were finished. Raises what `compress_model` and `score` raise.
+    job: Job
+    work: Path | None
+
+    def __reduce__(self) -> Any:
+        return Task, (self.job, None)
+
+
+def run_jobs(jobs: Sequence[Job], folder: Folder, workers: Workers, report: Callable[[str], None] = lambda what: None) -> Iterator[Run]:
+    """Each job's run, in their order; those that are not in the folder are made by `workers` and kept there.
+
+    `report` is told the name of each that is begun. Killed jobs go on from the blocks that were finished, where they are done in
+    this process. Raises what `compress_model` and `score` raise.
     """
-    run, work = folder.run(job.slug(), job.key()), folder.work / job.key()[:12]
-    if run.is_dir():
-        shutil.rmtree(work, ignore_errors=True)  # a run that was killed while tidying up left it
-        return
+    places = [folder.run(job.slug(), job.key()) for job in jobs]
+    missing = {place: job for place, job in zip(places, jobs, strict=True) if not place.is_dir()}
+    coming = list(missing.values())
+
+    def tasks() -> Iterator[tuple[None, Task]]:
+        for job in coming:
+            report(job.slug())
+            yield None, Task(job, folder.work / job.key()[:12])
+
+    made = workers.map(run_task, tasks())
+    for place, job in zip(places, jobs, strict=True):
+        if missing.pop(place, None) is not None:
+            folder.keep_run(place, *next(made))
+        shutil.rmtree(folder.work / job.key()[:12], ignore_errors=True)  # also what a run that was killed while tidying up left
+        yield read_run(place)
+
+
+def run_task(_: None, task: Task) -> Run:
+    """Compress, measure, and let it write: a pure function of the job."""
+    with contextlib.ExitStack() as stack:
+        work = task.work if task.work is not None else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fewbits-")))
+        return _run(task.job, work)
+
+
+def _run(job: Job, work: Path) -> Run:
     restart_peak_memory()
     spent = _Stopwatch()
     results: dict[str, Any] = {}
     resumed, made = (work / "block-00000.json").exists(), None
     if job.configuration is not None:
-        made = spent("compress", lambda: _compress(job, folder))
+        made = spent("compress", lambda: _compress(job, work))
         results = _compressed(made)
     scores = spent("evaluate", lambda: _measure(job.bench, made))
     results |= summarize(scores, seed=job.bench.text.seed)
@@ -131,8 +168,7 @@ def run_job(job: Job, folder: Folder) -> None:
         "results": results | {"samples": written},
     }
     timing = {"seconds": spent.seconds, "resumed": resumed, "tokens_per_second": speed, "peak_memory_bytes": peak_memory()}
-    folder.keep_run(run, record, scores, timing | {"versions": versions(), "machine": machine() | {"system": platform.system()}})
-    shutil.rmtree(work, ignore_errors=True)
+    return record, scores, timing | {"versions": versions(), "machine": machine() | {"system": platform.system()}}
 
 
 class _Stopwatch:
@@ -148,17 +184,15 @@ class _Stopwatch:
         return result
 
 
-def _compress(job: Job, folder: Folder) -> StreamSummary:
+def _compress(job: Job, work: Path) -> StreamSummary:
     bench, calibration = job.bench, job.calibration
     assert job.configuration is not None
-    options = replace(bench.options, moments=bench.dense.moment)
+    options = replace(bench.options, moments=bench.dense.moment, workers=ThisProcess())  # a whole job is somebody's work already
     if calibration is None:  # the text decides nothing: what shows the groups of layers is the pass that is there anyway
         options, dense = replace(options, inputs="original"), bench.dense
-        return compress_model(bench.source, job.configuration.plan, dense.windows, folder.work / job.key()[:12], options, None, dense)
+        return compress_model(bench.source, job.configuration.plan, dense.windows, work, options, None, dense)
     text = calibration.windows
-    return compress_model(
-        bench.source, job.configuration.plan, text, folder.work / job.key()[:12], options, calibration.mask, calibration.dense
-    )
+    return compress_model(bench.source, job.configuration.plan, text, work, options, calibration.mask, calibration.dense)
 
 
 def _compressed(made: StreamSummary) -> dict[str, Any]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fewbits.comparison.configuration import Configuration
-from fewbits.evaluation.fidelity import TokenScores, paired_interval
+from fewbits.comparison.folder import Run
+from fewbits.evaluation.fidelity import paired_interval
 from fewbits.evaluation.verdicts import Verdict, frontier, judge
 
-Run = tuple[dict[str, Any], TokenScores, dict[str, Any]]  # record, scores, timing
 _AVERAGED = ("bits_per_weight", "kl_mean", "kl_median", "kl_p99", "reverse_kl_mean", "top1_agreement", "delta_loss", "loss")
 
 

@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -96,12 +96,21 @@ class ModelSource:
             raise InputError(f"{self.path} holds no tokenizer that can be read ({_reason(error)}); copy the model's own into it") from error
 
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration and the weight files."""
+        """SHA-256 over the configuration and the weight files, which are read once for it."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
         for file in sorted(set(self._files.values())):
             with open(file, "rb") as stream:
                 digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
+
+    def __reduce__(self) -> Any:
+        """Another process opens the model itself, by its name or at the same place, and reads what it needs of it."""
+        name = str(self.path.resolve()) if Path(self.name).is_dir() else self.name
+        return _reopened, (name, self.file_bytes(), self.fingerprint())
 
     def file_bytes(self) -> int:
         """Bytes of the weight files, headers included."""
@@ -209,6 +218,19 @@ class ModelSource:
             if not file.is_file():
                 raise InputError(f"{file} is missing, though {index.name} names it; copy it into the folder")
         return files
+
+
+@lru_cache(maxsize=1)
+def _reopened(name: str, size: int, fingerprint: str) -> ModelSource:
+    """Opened once for all that is sent to a process. Raises InputError where another model lies there."""
+    source = open_model(name)
+    if source.file_bytes() != size:
+        raise InputError(
+            f"{source.path} holds {source.file_bytes()} bytes of weights here, and {size} where the run was started; "
+            "the same model at the same place on every node would be right"
+        )
+    source.__dict__["_fingerprint"] = fingerprint  # reading all files once, where the run was started, is enough
+    return source
 
 
 def _reason(error: Exception) -> str:

@@ -48,10 +48,21 @@ class DensePass:
         }
         self.key = content_key(settings)
         self.store = Store(folder / self.key[:16], settings)
-        self.shell = source.shell()
+        self._open()
+
+    def _open(self) -> None:
+        self.shell = self.source.shell()
         self.blocks = Adapter(self.shell).blocks
         self._linears = {name: Adapter(self.shell).linears(name) for name in self.blocks}
         self._moments = lru_cache(maxsize=1)(self._read_moments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process reads the same files, which must lie at the same place there."""
+        return {name: getattr(self, name) for name in ("source", "windows", "mask", "options", "key", "store")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._open()
 
     def gather(self, needs: Iterable[type[Accumulator]], *, final: bool = False, blocks: int | None = None) -> None:
         """Make sure that each of `needs` is kept, of the first `blocks` or of all, and the last hidden states if `final`.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fewbits.core.errors import BrokenModelError, InputError, NumericsError
+from fewbits.core.workers import ThisProcess, Workers
 from fewbits.models.adapter import Adapter
 from fewbits.models.experts import mark_padding
 from fewbits.models.source import ModelSource
@@ -32,10 +33,15 @@ class StreamOptions:
     # Second moments of the layers' inputs that errors are measured with; None: those of the inputs that the method saw.
     moments: Callable[[str], Tensor | None] | None = field(default=None, compare=False)
     blocks: int | None = None  # only the first so many, and nothing that is done to the whole model: for estimates
+    workers: Workers = field(default_factory=ThisProcess, compare=False)  # who solves layers, tries options, makes compared runs
 
     def __post_init__(self) -> None:
         if self.inputs not in (None, "propagated", "original"):
             raise InputError(f"inputs={self.inputs!r} is not known; 'propagated' or 'original' would be right")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process is sent: it reports to nobody and sends nothing on."""
+        return self.__dict__ | {"progress": None, "moments": None, "workers": ThisProcess()}
 
 
 class Feed:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fewbits.core.errors import InputError
 from fewbits.core.method import BlockMethod, GradientMethod, LayerMethod, Restoration, Tuning
 from fewbits.core.record import peak_memory, resident_memory, restart_peak_memory
+from fewbits.core.workers import ThisProcess
 from fewbits.data.text import TextSample
 from fewbits.models.adapter import Adapter, weight_matrix
 from fewbits.models.source import ModelSource, open_model
@@ -48,7 +49,7 @@ def estimate_run(
     the trial and reckoned up. Memory is the trial's highest, and the hidden states of all windows. Raises what
     `compress_model` raises, so that wrong input shows here.
     """
-    options = replace(options or StreamOptions(), progress=None, inputs=None if options is None else options.inputs)
+    options = replace(options or StreamOptions(), progress=None, workers=ThisProcess())
     restart_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         trial = _Trial(source, plan, options, (windows, mask), Path(folder))

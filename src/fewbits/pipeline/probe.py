@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
-from functools import cached_property
-from typing import cast
+from functools import cached_property, lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class ModelProbe:
             raise InputError(
                 "losses are measured on whole windows; documents of their own with padding are not taken: leave --separate out"
             )
-        self.windows, self.batch_size = windows, batch_size
+        self.source, self.windows, self.batch_size, self.dtype = source, windows, batch_size, dtype
         shell = source.shell()
         adapter = Adapter(shell)
         self.blocks = adapter.blocks
@@ -52,6 +52,10 @@ class ModelProbe:
         for name in self.blocks:
             calls = [call[name] for call in self._calls]
             self._states.append([call.run(self.block(name), hidden) for call, hidden in zip(calls, self._states[-1], strict=True)])
+
+    def __reduce__(self) -> Any:
+        """Another process reads the model itself, once for all that asks for the same windows."""
+        return _opened_again, (self.source, tuple(map(tuple, self.windows.tolist())), self.batch_size, self.dtype)
 
     def block(self, name: str) -> nn.Module:
         return self.capture.hollow[name]
@@ -137,3 +141,8 @@ class ModelProbe:
             for name, linear in linears.items():
                 if not bool(torch.isfinite(weight_matrix(linear)).all()):
                     raise BrokenModelError(f"{name}: the weight is not finite; the model file is broken")
+
+
+@lru_cache(maxsize=1)
+def _opened_again(source: ModelSource, windows: tuple[tuple[int, ...], ...], batch_size: int, dtype: torch.dtype) -> ModelProbe:
+    return ModelProbe(source, torch.tensor(windows), batch_size=batch_size, dtype=dtype)

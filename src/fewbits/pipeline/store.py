@@ -39,6 +39,15 @@ class Store:
         for leftover in folder.glob("*.partial"):
             leftover.unlink()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"folder": self.folder.resolve()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In another process: nothing is tidied up, for the run that it belongs to goes on elsewhere."""
+        self.__dict__ |= state
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder} is not there on this node; a folder that all nodes share would be right")
+
     def _compare(self, before: Mapping[str, Any]) -> None:
         differing = sorted(_differences(before, self.settings))
         if differing:

@@ -17,8 +17,9 @@ from fewbits.core.method import Accumulator, BlockMethod, LayerMethod, Method, S
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.adapter import Adapter, oriented, weight_matrix
 from fewbits.models.source import ModelSource
+from fewbits.models.weights import Weights
 from fewbits.pipeline.dense_pass import DensePass
-from fewbits.pipeline.entries import checked_linears, layer_entry, report, second_moment
+from fewbits.pipeline.entries import checked_linears, report
 from fewbits.pipeline.feed import Feed, StreamOptions, finite
 from fewbits.pipeline.fold import fold_scales
 from fewbits.pipeline.gather import assume_nothing, gather_inputs
@@ -28,7 +29,7 @@ from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.profile import RISES, keep_profile
 from fewbits.pipeline.reconstruct import reconstruct_blocks
 from fewbits.pipeline.restore import restored
-from fewbits.pipeline.solve import solve_group
+from fewbits.pipeline.solve import GroupJob, solve_job
 from fewbits.pipeline.stack import order_terms, stacking_of
 from fewbits.pipeline.store import Store
 from fewbits.pipeline.tune import tune_blocks
@@ -270,24 +271,26 @@ class _Run:
         groups = list(gathered)
         stored: dict[str, StoredLinear] = {}
         entries: dict[str, Any] = {}
-        for group in groups:
+        for solved, said in self.options.workers.map(solve_job, self._jobs(linears, gathered)):
+            stored |= solved
+            entries |= said
+        return outputs, groups, {name: stored[name] for name in linears}, {name: entries[name] for name in linears}
+
+    def _jobs(self, linears: Mapping[str, nn.Module], gathered: dict[tuple[str, ...], Statistics]) -> Iterator[tuple[Statistics, GroupJob]]:
+        """One for each group of linears that read one tensor and each method among them; `gathered` is emptied."""
+        chosen = set(self.store.state_names(_CHOICES)) if self.store.has_state(_CHOICES) else set()
+        for group in list(gathered):
             statistics = gathered.pop(group)  # a group's statistics go as soon as it is solved
             return_freed_memory()
             if not statistics.tokens:
                 assume_nothing(statistics)
             for method, names in self._by_method(group).items():
-                if method.uses_gradients:
-                    statistics.sensitivities = self.store.state(SENSITIVITIES, names)
-                if self.store.has_state(_CHOICES):
-                    chosen = set(self.store.state_names(_CHOICES))
-                    statistics.choices = self.store.state(_CHOICES, [name for name in names if name in chosen])
-                weights = {name: weight_matrix(linears[name]).float().contiguous() for name in names}
-                solved = solve_group(method, weights, statistics)
-                for one, layer in solved.items():
-                    moment = second_moment(statistics) if self.options.moments is None else self.options.moments(one)
-                    entries[one] = layer_entry(one, weights[one], layer, moment, statistics.tokens)
-                stored |= solved
-        return outputs, groups, {name: stored[name] for name in linears}, {name: entries[name] for name in linears}
+                weights = Weights(self.source, {name: linears[name] for name in names}, self.options.dtype)
+                sensitivities = self.store.state(SENSITIVITIES, names) if method.uses_gradients else {}
+                choices = self.store.state(_CHOICES, [name for name in names if name in chosen]) if chosen else {}
+                given = self.options.moments
+                moments = None if given is None else {name: given(name) for name in names}
+                yield statistics, GroupJob(method, weights, sensitivities, choices, moments)
 
     def _gather(
         self, block: str, linears: Mapping[str, nn.Module], needs: set[type[Accumulator]], hidden: Tensor
