@@ -29,6 +29,15 @@ def llama(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session")
+def biasless(tmp_path_factory):
+    """As `llama`, but none of its linears adds a bias."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("dense") / "biasless"
+    LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=2)).save_pretrained(path)
+    return path
+
+
 @pytest.fixture
 def compressed(llama, tmp_path):
     """Writes a folder as `fewbits compress` does, of what `make(name, weight [out, in])` says of every linear of the blocks."""

@@ -117,7 +117,7 @@ def test_the_same_weights_stored_for_16_rows_at_a_time_are_read():
     assert len(starts) == 3 and torch.equal(again.decode(), layer.weight.decode())
 
 
-def test_what_the_method_makes_fits(compressed, tmp_path):
+def test_what_the_method_makes_fits(compressed, biasless, tmp_path):
     """A model compressed with the method's defaults, there and back, bit for bit."""
     generator = torch.Generator().manual_seed(0)
 
@@ -127,7 +127,7 @@ def test_what_the_method_makes_fits(compressed, tmp_path):
         statistic.update(inputs)
         return StoredLinear(Method(damping=0.1).compress(weight.clone(), {Hessian: statistic}))
 
-    folder = compressed(make, source=biasless(tmp_path))
+    folder = compressed(make, source=biasless)
     made = export(folder, Spqr(), tmp_path / "out")
     assert made.layers == 14 and not made.requantized
     before, after = api.load(folder), api.load(tmp_path / "out")
@@ -136,13 +136,13 @@ def test_what_the_method_makes_fits(compressed, tmp_path):
         assert torch.equal(after(IDS).logits, before(IDS).logits)
 
 
-def test_transformers_loads_it_into_modules_that_make_the_same_weights(compressed, tmp_path, monkeypatch):
+def test_transformers_loads_it_into_modules_that_make_the_same_weights(compressed, biasless, tmp_path, monkeypatch):
     """The package needs CUDA, so a module with its constructor's names and shapes stands in.
 
     transformers 5.24 looks every layer up among the model's own children and finds none that lies deeper, so `place` puts them
     in; which modules those are, what they are asked for and what is loaded into them is transformers' own.
     """
-    folder = compressed(lambda name, weight: tiled(*weight.shape, seed=len(name)), source=biasless(tmp_path))
+    folder = compressed(lambda name, weight: tiled(*weight.shape, seed=len(name)), source=biasless)
     export(folder, Spqr(), tmp_path / "out")
     quantizer = transformers.quantizers.quantizer_spqr
     monkeypatch.setattr(quantizer, "replace_with_spqr_linear", place)
@@ -157,8 +157,8 @@ def test_transformers_loads_it_into_modules_that_make_the_same_weights(compresse
         torch.testing.assert_close(weight, module.weight, rtol=1e-5, atol=1e-6)
 
 
-def test_requantized_layers_are_on_the_format_s_grid(compressed, uniform, tmp_path):
-    folder = compressed(uniform(8, None), source=biasless(tmp_path))
+def test_requantized_layers_are_on_the_format_s_grid(compressed, biasless, uniform, tmp_path):
+    folder = compressed(uniform(8, None), source=biasless)
     made = export(folder, Spqr(), tmp_path / "out", requantize=True)
     assert len(made.requantized) == 14 and all(0 < loss < 0.05 for loss in made.requantized.values())
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
@@ -205,8 +205,8 @@ def test_biases_are_refused(compressed, tmp_path):
         ("in_perm", lambda one: one * 0, "must hold each of 0 to 63 once"),
     ],
 )
-def test_damaged_files_are_refused(compressed, tmp_path, part, damage, said):
-    export(compressed(lambda name, weight: tiled(*weight.shape), source=biasless(tmp_path)), Spqr(), tmp_path / "out")
+def test_damaged_files_are_refused(compressed, biasless, tmp_path, part, damage, said):
+    export(compressed(lambda name, weight: tiled(*weight.shape), source=biasless), Spqr(), tmp_path / "out")
     tensors = load_file(tmp_path / "out/model.safetensors")
     name = f"model.layers.1.self_attn.q_proj.{part}"
     save_file(tensors | {name: damage(tensors[name]).contiguous()}, tmp_path / "out/model.safetensors", metadata={"format": "pt"})
@@ -214,21 +214,13 @@ def test_damaged_files_are_refused(compressed, tmp_path, part, damage, said):
         api.load(tmp_path / "out")
 
 
-def test_other_widths_are_refused(compressed, tmp_path):
-    export(compressed(lambda name, weight: tiled(*weight.shape), source=biasless(tmp_path)), Spqr(), tmp_path / "out")
+def test_other_widths_are_refused(compressed, biasless, tmp_path):
+    export(compressed(lambda name, weight: tiled(*weight.shape), source=biasless), Spqr(), tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
     config["quantization_config"]["bits"] = 4
     (tmp_path / "out/config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="is not in 3 bits and tiles of 16 x 16"):
         api.load(tmp_path / "out")
-
-
-def biasless(folder):
-    """A folder with a model whose layers add no bias."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_hidden_layers=2)).save_pretrained(folder / "biasless")
-    return folder / "biasless"
 
 
 class QuantizedLinear(nn.Module):
