@@ -147,6 +147,50 @@ void feed_back(const std::string& isa, const std::vector<int64_t>& sizes, const 
   fewbits::feed_back(kernels, job, threads);
 }
 
+// `sizes`: vectors, features, type of the numbers, order of the seed, and whether the signs come last. Buffers are inputs, outputs, signs
+// of one bit a feature and the seed; signs may be none, and the seed of order 1.
+void rotate(const std::string& isa, const std::vector<int64_t>& sizes, const std::vector<uint64_t>& buffers, int threads) {
+  Reader reader(sizes, buffers);
+  fewbits::Rotation job{};
+  job.vectors = reader.next(0, largest);
+  job.size = reader.next(1, int64_t{1} << 31);
+  job.number = to_number(reader.next(0, 2));
+  job.order = reader.next(1, 1 << 10);
+  job.signs_last = reader.next(0, 1) == 1;
+  const int64_t power = job.size / job.order;
+  require(power * job.order == job.size && power > 0 && (power & (power - 1)) == 0, "features must be the order of the seed times a power of two");
+  require(job.vectors <= largest / job.size, "there are too many vectors");
+  const int64_t bytes = job.vectors * job.size * size_of(job.number);
+  job.inputs = reader.next_buffer(bytes);
+  job.outputs = const_cast<void*>(reader.next_buffer(bytes));
+  if (reader.next(0, 1) == 1) job.signs = static_cast<const uint8_t*>(reader.next_buffer((job.size + 7) / 8));
+  if (job.order > 1) job.seed = static_cast<const float*>(reader.next_buffer(job.order * job.order * 4));
+  reader.finish();
+  const fewbits::Kernels& kernels = fewbits::find_kernels(isa);
+  nb::gil_scoped_release released;
+  fewbits::rotate(kernels, job, threads);
+}
+
+// `sizes`: vectors, features, bytes of a number and bits of an index. Buffers are inputs, outputs and the packed indices.
+void reorder(const std::vector<int64_t>& sizes, const std::vector<uint64_t>& buffers, int threads) {
+  Reader reader(sizes, buffers);
+  fewbits::Reordering job{};
+  job.vectors = reader.next(0, largest);
+  job.features = reader.next(1, int64_t{1} << 31);
+  job.item = reader.next(2, 4);
+  job.bits = reader.next(1, 32);
+  require(job.item != 3, "numbers must be of 2 or 4 bytes");
+  require(job.vectors <= largest / job.features, "there are too many vectors");
+  const int64_t bytes = job.vectors * job.features * job.item;
+  job.inputs = reader.next_buffer(bytes);
+  job.outputs = const_cast<void*>(reader.next_buffer(bytes));
+  job.bytes = (job.features * job.bits + 7) / 8;
+  job.order = static_cast<const uint8_t*>(reader.next_buffer(job.bytes));
+  reader.finish();
+  nb::gil_scoped_release released;
+  fewbits::reorder(job, threads);
+}
+
 int64_t prefer_large_pages(uint64_t address, int64_t bytes) {
   require(bytes >= 0 && (address != 0 || bytes == 0), "memory has no address");
   return fewbits::prefer_large_pages(reinterpret_cast<void*>(address), bytes);
@@ -168,5 +212,8 @@ NB_MODULE(_native, module) {
              "Asks for large pages under memory that is not written yet; the bytes that it was asked for.");
   module.def("feed_back", &feed_back, nb::arg("isa"), nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"),
              "Rounds columns one after another and moves each one's error into those after it.");
+  module.def("rotate", &rotate, nb::arg("isa"), nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"),
+             "Vectors times a Hadamard matrix, with signs or without.");
+  module.def("reorder", &reorder, nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"), "Features of vectors in another order.");
   module.def("read_pass", &read_pass, nb::arg("address"), nb::arg("bytes"), nb::arg("threads"), "Reads all bytes: what memory can give.");
 }

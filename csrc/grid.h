@@ -79,7 +79,7 @@ static void read_grid(const Coded& w, int64_t row, float* scales, float* shifts,
       scales[g] *= 2.0f;
     }
   } else if (w.zeros.kind == Values::none) {
-    const float zero = static_cast<float>(1 << (w.bits - 1));
+    const float zero = middle_code(w.bits);
     for (int64_t g = 0; g < w.groups; ++g) shifts[g] = zero * scales[g];
   } else {
     read_values(w.zeros, w.bits, row, shifts, scratch);
@@ -94,9 +94,10 @@ static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) 
   float* levels = zeros + w.groups + lanes;
   const int64_t book = int64_t{1} << w.bits;
   float* rest = levels + book * (w.level_groups > 0 ? w.level_groups : 1);
-  const bool evenly = w.levels.kind == Values::none && w.zeros.kind != Values::signs;
-  if (evenly) codes_to_floats(w.codes + row * w.row_bytes, w.bits, w.columns, out, codes);
+  const bool evenly = w.levels.kind == Values::none && w.zeros.kind != Values::signs, three = w.bits == base_three;
+  if (evenly && !three) codes_to_floats(w.codes + row * w.row_bytes, w.bits, w.columns, out, codes);
   else unpack(w.codes + row * w.row_bytes, w.bits, w.columns, codes);
+  if (three) for (int64_t c = 0; c < w.columns; ++c) out[c] = static_cast<float>(codes[c]);
   if (w.scales.kind != Values::none) read_values(w.scales, w.bits, row, scales, rest);
   if (w.levels.kind != Values::none) read_values(w.levels, w.bits, row, levels, rest);
   else if (w.zeros.kind == Values::signs) read_offsets(w.zeros, row, zeros);
@@ -114,7 +115,7 @@ static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) 
       for (int64_t c = from; c < to; ++c) out[c] = (codes[c] != 0 ? scale : -scale) + offset;
       continue;
     }
-    const float zero = w.zeros.kind == Values::none ? static_cast<float>(1 << (w.bits - 1)) : zeros[g], scale = scales[g];
+    const float zero = w.zeros.kind == Values::none ? middle_code(w.bits) : zeros[g], scale = w.scales.kind == Values::none ? 1.0f : scales[g];
     for (int64_t c = from; c < to; ++c) out[c] = (out[c] - zero) * scale;
   }
 }

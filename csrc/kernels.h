@@ -1,4 +1,4 @@
-// The kernels over an instruction set's lanes. Included once by each instruction set, whose lanes.h comes before.
+// Products in floats over an instruction set's lanes. Included once by each instruction set, whose lanes.h comes before.
 //
 // A lane of 32 bits holds the codes of 8 neighbouring columns (4 above 4 bits), so that a block of lanes is a run of columns
 // read as it is stored. The inputs are laid out once in the order in which codes leave the lanes, divided by the power of two
@@ -6,13 +6,7 @@
 #pragma once
 #include <utility>
 
-#include "additions.h"
-#include "feedback.h"
 #include "grid.h"
-#include "vectors.h"
-#ifdef FEWBITS_FIXED
-#include "fixed.h"
-#endif
 
 namespace fewbits {
 namespace FEWBITS_ISA {
@@ -46,7 +40,7 @@ static Plan make_plan(const Coded& w, int64_t vectors) {
   if (plan.panel < 1) plan.panel = 1;
   plan.span = 1;
   const bool in_registers = w.levels.kind == Values::none || (w.level_groups == 1 && w.bits >= 2 && w.bits <= 4);
-  if (!in_registers || (w.groups > 1 && w.group % plan.per_lane != 0)) {
+  if (!in_registers || w.bits == base_three || (w.groups > 1 && w.group % plan.per_lane != 0)) {
     plan.kind = Plan::decode_rows;
   } else if (w.groups == 1 || w.group % plan.block == 0) {
     plan.kind = Plan::broadcast;
@@ -319,58 +313,6 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
   float* copies = sums + rows * padded_vectors(product.vectors);
   const Chunk chunk{product, plan, prepared, scales, shifts, levels, sums, copies, copies + rows * (touched / 4)};
   for (int64_t row = first; row < last; row += rows) multiply_chunk(chunk, row, least(row + rows, last));
-}
-
-// ---- codes in fixed point where it serves, in floats elsewhere, codewords, and what is added to them -------------------------
-
-namespace chosen {
-
-static int64_t prepared_floats(const Product& product) {
-  if (product.matrix->form == Coded::vectors) return vectors::prepared_floats(product);
-  if (product.matrix->form != Coded::packed) return additions::prepared_floats(product);
-#ifdef FEWBITS_FIXED
-  fixed::Plan plan;
-  if (fixed::make_plan(*product.matrix, product.vectors, product.digits, plan)) return fixed::prepared_floats(*product.matrix, plan);
-#endif
-  return FEWBITS_ISA::prepared_floats(product);
-}
-
-static void prepare(const Product& product, int64_t vector, float* room) {
-  if (product.matrix->form == Coded::vectors) return vectors::prepare(product, vector, room);
-  if (product.matrix->form != Coded::packed) return additions::prepare(product, vector, room);
-#ifdef FEWBITS_FIXED
-  fixed::Plan plan;
-  if (fixed::make_plan(*product.matrix, product.vectors, product.digits, plan)) return fixed::prepare(product, plan, vector, room);
-#endif
-  FEWBITS_ISA::prepare(product, vector, room);
-}
-
-// For products and for decoding.
-static int64_t scratch_floats(const Coded& w, int64_t vectors) {
-  if (w.form == Coded::vectors) return vectors::scratch_floats(w);
-  if (w.form != Coded::packed) return additions::scratch_floats(w);
-  const int64_t floats = FEWBITS_ISA::scratch_floats(w, vectors);
-#ifdef FEWBITS_FIXED
-  fixed::Plan plan;
-  if (fixed::make_plan(w, vectors, 3, plan)) return floats + fixed::scratch_floats(w, plan);
-#endif
-  return floats;
-}
-
-static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
-  if (product.matrix->form == Coded::vectors) return vectors::multiply(product, prepared, first, last, scratch);
-  if (product.matrix->form != Coded::packed) return additions::multiply(product, prepared, first, last, scratch);
-#ifdef FEWBITS_FIXED
-  fixed::Plan plan;
-  if (fixed::make_plan(*product.matrix, product.vectors, product.digits, plan)) return fixed::multiply(product, plan, prepared, first, last, scratch);
-#endif
-  FEWBITS_ISA::multiply(product, prepared, first, last, scratch);
-}
-
-}  // namespace chosen
-
-constexpr Kernels make_kernels(const char* name) {
-  return {name, chosen::prepared_floats, chosen::prepare, padded_vectors, chosen::scratch_floats, chosen::multiply, decode, feed_back};
 }
 
 }  // namespace FEWBITS_ISA

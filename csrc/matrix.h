@@ -10,6 +10,15 @@ enum class Number : int { f32 = 0, f16 = 1, bf16 = 2 };
 
 struct Coded;
 
+// In the place of a width of codes: a byte holds five of them, of three values, as the digits of a number to the base of three, the first
+// column's the lowest. What is 243 or more counts as 243 less.
+constexpr int base_three = 9;
+
+constexpr int64_t packed_bytes(int64_t columns, int bits) { return bits == base_three ? (columns + 4) / 5 : (columns * bits + 7) / 8; }
+
+// The code that stands for zero where no zero points are stored.
+constexpr float middle_code(int bits) { return bits == base_three ? 1.0f : static_cast<float>(1 << (bits - 1)); }
+
 // A small table of real numbers [rows, columns] beside the codes: scales, zero points or levels. One row serves all rows.
 struct Values {
   enum Kind : int {
@@ -37,15 +46,20 @@ struct Values {
 //
 // Or codewords (`vectors`): `unit` neighbouring numbers of a row, or of a column where `transposed`, are the sum of a codeword of each of
 // `books` codebooks `[books, entries, unit]`, which are in `indices`; scales are one for each row of codes.
+//
+// Or the product of two thin factors, `left [rows, rank]` and `right [rank, columns]`, entry by entry times a sign (`signed_product`): codes
+// are one stream of bits over the whole matrix, 1 for plus, the first entry the highest bit of its byte.
 struct Coded {
-  enum Form : int { packed = 0, plain = 1, sparse = 2, vectors = 3 };
+  enum Form : int { packed = 0, plain = 1, sparse = 2, vectors = 3, signed_product = 4 };
   Form form = packed;
-  Number number = Number::f32;  // of plain numbers, sparse entries and codebooks
+  Number number = Number::f32;  // of plain numbers, sparse entries, codebooks and factors
   const void* indices = nullptr;
   int64_t index_bytes = 0;
   const int32_t* pointers = nullptr;
   int64_t entries = 0;  // of sparse rows, or of a codebook
   int64_t unit = 0, books = 0;
+  const void *left = nullptr, *right = nullptr;
+  int64_t rank = 0;
   bool transposed = false;
   const uint8_t* codes = nullptr;
   int64_t code_bytes = 0;
@@ -71,6 +85,7 @@ struct Product {
 };
 
 struct FeedBack;  // feedback_job.h
+struct Rotation;  // rotation_job.h
 
 // What one instruction set offers. Every function works on a range and on memory it is handed, so that threads share nothing.
 struct Kernels {
@@ -82,6 +97,7 @@ struct Kernels {
   void (*multiply)(const Product&, const float* prepared, int64_t first, int64_t last, float* scratch);
   void (*decode)(const Coded&, int64_t first, int64_t last, void* out, Number number, float* scratch);
   void (*feed_back)(const FeedBack&, int64_t row, int64_t count);  // at most feedback_rows rows
+  void (*rotate)(const Rotation&, int64_t vector, float* scratch);  // which has room for two vectors
 };
 
 constexpr int64_t feedback_rows = 32;

@@ -75,7 +75,25 @@ static void unpack_as(const uint8_t* row, int64_t count, uint8_t* out) {
   }
 }
 
+// The five codes of every byte to the base of three, one to a byte.
+struct Trits {
+  uint64_t of[256];
+  constexpr Trits() : of{} {
+    for (uint64_t byte = 0; byte < 256; ++byte) {
+      uint64_t left = byte;
+      for (int place = 0; place < 5; ++place, left /= 3) of[byte] |= left % 3 << (8 * place);
+    }
+  }
+};
+
+static void unpack_trits(const uint8_t* row, int64_t count, uint8_t* out) {
+  static constexpr Trits trits;
+  for (; count >= 8; count -= 5, ++row, out += 5) std::memcpy(out, &trits.of[*row], 8);
+  for (; count > 0; count -= 5, ++row, out += 5) std::memcpy(out, &trits.of[*row], count < 5 ? static_cast<size_t>(count) : 5);
+}
+
 static void unpack(const uint8_t* row, int bits, int64_t count, uint8_t* out) {
+  if (bits == base_three) return unpack_trits(row, count, out);
   switch (bits) {
     case 1: return unpack_as<1>(row, count, out);
     case 2: return unpack_as<2>(row, count, out);

@@ -55,12 +55,13 @@ class Reader {
   }
 
  private:
-  // Numbers as they are, compressed sparse rows, or codewords.
+  // Numbers as they are, compressed sparse rows, codewords, or a product with signs.
   const Coded& read_other(Coded& matrix) {
-    matrix.form = static_cast<Coded::Form>(next(1, 3));
+    matrix.form = static_cast<Coded::Form>(next(1, 4));
     matrix.number = to_number(next(0, 2));
     require(matrix.columns <= largest / matrix.rows, "a matrix is too large");
     if (matrix.form == Coded::vectors) return read_vectors(matrix);
+    if (matrix.form == Coded::signed_product) return read_signed_product(matrix);
     if (matrix.form == Coded::plain) {
       matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.rows * matrix.columns * size_of(matrix.number)));
       return matrix;
@@ -93,16 +94,26 @@ class Reader {
     return matrix;
   }
 
+  const Coded& read_signed_product(Coded& matrix) {
+    matrix.rank = next(1, int64_t{1} << 20);
+    matrix.code_bytes = (matrix.rows * matrix.columns + 7) / 8;
+    matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.code_bytes));
+    require(matrix.rank <= largest / std::max(matrix.rows, matrix.columns), "factors are too large");
+    matrix.left = next_buffer(matrix.rows * matrix.rank * size_of(matrix.number));
+    matrix.right = next_buffer(matrix.rank * matrix.columns * size_of(matrix.number));
+    return matrix;
+  }
+
   const Coded& read_coded(int depth, bool others = false) {
     require(depth < 3, "scales of scales of scales are not known");
     Coded& coded = made_.emplace_back();
     coded.rows = next(1, largest);
     coded.columns = next(1, largest);
-    coded.bits = static_cast<int>(next(depth == 0 && others ? 0 : 1, 8));
+    coded.bits = static_cast<int>(next(depth == 0 && others ? 0 : 1, base_three));
     if (coded.bits == 0) return read_other(coded);
     coded.group = std::min(next(1, largest), coded.columns);
     coded.groups = (coded.columns + coded.group - 1) / coded.group;
-    coded.row_bytes = (coded.columns * coded.bits + 7) / 8;
+    coded.row_bytes = packed_bytes(coded.columns, coded.bits);
     require(coded.row_bytes <= largest / coded.rows, "a matrix is too large");
     coded.code_bytes = coded.row_bytes * coded.rows;
     coded.codes = static_cast<const uint8_t*>(next_buffer(coded.code_bytes));
@@ -121,7 +132,10 @@ class Reader {
     const bool signs = coded.zeros.kind == Values::signs;
     require(coded.scales.kind != Values::signs && coded.levels.kind != Values::signs, "signs are a kind of zero points");
     require(!signs || coded.bits == 1, "signs must be of one bit");
-    require(signs || coded.levels.kind != Values::none || coded.scales.kind != Values::none, "a matrix has neither levels nor scales");
+    const bool three = coded.bits == base_three;
+    require(!three || (coded.levels.kind == Values::none && coded.zeros.kind == Values::none), "codes of three values have no levels or zero points");
+    const bool told = signs || three || coded.levels.kind != Values::none || coded.scales.kind != Values::none;
+    require(told, "a matrix has neither levels nor scales");
     require(coded.scales.kind != Values::packed, "scales cannot be packed integers");
     if (coded.levels.kind == Values::none) return;
     require(coded.levels.kind == Values::dense && coded.zeros.kind == Values::none, "levels must be plain numbers, without zero points");

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "matrix.h"
+#include "rotation_job.h"
 
 namespace fewbits {
 
@@ -21,6 +22,12 @@ void decode(const Kernels& kernels, const Coded& matrix, int64_t first, int64_t 
 
 // The column loop of error feedback, rows divided among threads: results do not depend on how many there are.
 void feed_back(const Kernels& kernels, const FeedBack& job, int threads);
+
+// Every vector of a rotation, vectors divided among threads.
+void rotate(const Kernels& kernels, const Rotation& job, int threads);
+
+// Features in another order. Raises std::invalid_argument where an index is none of theirs.
+void reorder(const Reordering& job, int threads);
 
 // Reads all bytes and does nothing with them: what memory can give. The result is there so that nothing is left out.
 uint64_t read_pass(const void* data, int64_t bytes, int threads);

@@ -2,9 +2,10 @@
 #include "lanes.h"
 
 #include "bytes.h"
+#include "trits.h"
 #define FEWBITS_FIXED
 
-#include "../kernels.h"
+#include "../chosen.h"
 
 namespace fewbits {
 const Kernels& avx2_kernels() {

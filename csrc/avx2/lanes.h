@@ -31,6 +31,12 @@ static inline void sum_four(Floats a, Floats b, Floats c, Floats d, float* to) {
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
 }
 
+// Lanes change their signs where a bit of `minus` is set: the highest of the eight lowest for the first lane.
+static inline Floats flip(Floats value, uint32_t minus) {
+  const __m256i all = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(minus)), _mm256_setr_epi32(24, 25, 26, 27, 28, 29, 30, 31));
+  return _mm256_xor_ps(value, _mm256_castsi256_ps(_mm256_and_si256(all, _mm256_set1_epi32(INT32_MIN))));
+}
+
 // Lane i takes from[pick[i]], 0 <= pick[i] < 8.
 static inline Floats permute(const float* from, const int32_t* pick) {
   return _mm256_permutevar8x32_ps(load(from), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pick)));

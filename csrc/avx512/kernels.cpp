@@ -1,7 +1,7 @@
 #define FEWBITS_ISA avx512
 #include "lanes.h"
 
-#include "../kernels.h"
+#include "../chosen.h"
 
 namespace fewbits {
 const Kernels& avx512_kernels() {

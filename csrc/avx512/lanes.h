@@ -62,6 +62,13 @@ static inline void sum_four(Floats a, Floats b, Floats c, Floats d, float* to) {
 }
 #endif
 
+// Lanes change their signs where a bit of `minus` is set: the highest of the sixteen lowest for the first lane.
+static inline Floats flip(Floats value, uint32_t minus) {
+  Words all = Words{} + minus;
+  all <<= Words{16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(value) ^ (all & 0x80000000u));
+}
+
 // Lane i takes from[pick[i]], 0 <= pick[i] < 16.
 static inline Floats permute(const float* from, const int32_t* pick) {
 #ifdef __AVX512BW__

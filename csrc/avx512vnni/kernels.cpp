@@ -2,9 +2,10 @@
 #include "../avx512/lanes.h"
 
 #include "bytes.h"
+#include "trits.h"
 #define FEWBITS_FIXED
 
-#include "../kernels.h"
+#include "../chosen.h"
 
 namespace fewbits {
 const Kernels& avx512vnni_kernels() {

@@ -1,7 +1,7 @@
 #define FEWBITS_ISA scalar
 #include "lanes.h"
 
-#include "../kernels.h"
+#include "../chosen.h"
 
 namespace fewbits {
 const Kernels& scalar_kernels() {

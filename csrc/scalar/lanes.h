@@ -25,6 +25,12 @@ static inline Floats multiply(Floats a, Floats b) { return a * b; }
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 static inline float sum(Floats value) { return (value[0] + value[2]) + (value[1] + value[3]); }
 
+// Lanes change their signs where a bit of `minus` is set: the highest of the four lowest for the first lane.
+static inline Floats flip(Floats value, uint32_t minus) {
+  const Words all = {minus << 28, minus << 29, minus << 30, minus << 31};
+  return reinterpret_cast<Floats>(reinterpret_cast<Words>(value) ^ (all & 0x80000000u));
+}
+
 // Lane i takes from[pick[i]], 0 <= pick[i] < 4.
 static inline Floats permute(const float* from, const int32_t* pick) {
   return Floats{from[pick[0]], from[pick[1]], from[pick[2]], from[pick[3]]};

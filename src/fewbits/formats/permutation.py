@@ -11,6 +11,7 @@ from torch import Tensor
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Transform
 from fewbits.formats.packing import pack, unpack
+from fewbits.kernels import transforms
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,10 @@ class Permutation(Transform, kind="permutation"):
             raise InputError(f"a permutation of {self.order.numel()} features must hold each of 0 to {self.order.numel() - 1} once")
 
     def apply(self, vectors: Tensor) -> Tensor:
-        return vectors[..., self.order.long()]
+        order = self.order if self.order.element_size() <= 4 else self.order.int()
+        indices = order.contiguous().view(torch.uint8)  # not negative: their bytes are their packed bits
+        found = transforms.reorder(vectors, indices, 8 * order.element_size(), order.numel())
+        return vectors[..., self.order.long()] if found is None else found
 
     def transpose(self) -> Permutation:
         return Permutation(torch.argsort(self.order).to(self.order.dtype))
@@ -71,6 +75,10 @@ class PackedPermutation(Reordering, kind="packed_permutation"):
 
     def order(self) -> Tensor:
         return unpack(self.packed[None], _index_bits(self.features), self.features)[0].long()
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        found = transforms.reorder(vectors, self.packed, _index_bits(self.features), self.features)
+        return super().apply(vectors) if found is None else found
 
 
 def _index_bits(features: int) -> int:

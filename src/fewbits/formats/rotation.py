@@ -11,6 +11,7 @@ from torch import Tensor
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Transform
 from fewbits.formats.packing import pack, unpack
+from fewbits.kernels import transforms
 
 _SEEDS = (1, 12, 20, 28)  # sizes are one of these times a power of two
 
@@ -38,6 +39,13 @@ class Hadamard(Transform, kind="hadamard"):
     def apply(self, vectors: Tensor) -> Tensor:
         if vectors.shape[-1] != self.size:
             raise InputError(f"vectors of {vectors.shape[-1]} features cannot be rotated by a transform of {self.size}")
+        order = _seed_order(self.size)
+        seed = None if order == 1 else self._seed(order)
+        found = transforms.rotate(vectors, order, self.signs, seed, signs_last=self.transposed)
+        return self.define(vectors) if found is None else found
+
+    def define(self, vectors: Tensor) -> Tensor:
+        """T x in plain torch and in the dtype of the vectors: what the kernel is compared with."""
         if self.transposed:
             return self._flip(self._rotate(vectors))
         return self._rotate(self._flip(vectors))
@@ -63,10 +71,12 @@ class Hadamard(Transform, kind="hadamard"):
             vectors = torch.stack([first + second, first - second], dim=-2).reshape(shape)
             step *= 2
         if order > 1:
-            seed = paley_matrix(order).to(vectors)
-            seed = seed.T if self.transposed else seed
-            vectors = (seed @ vectors.reshape(*shape[:-1], order, power)).reshape(shape)
+            vectors = (self._seed(order).to(vectors) @ vectors.reshape(*shape[:-1], order, power)).reshape(shape)
         return vectors / self.size**0.5
+
+    def _seed(self, order: int) -> Tensor:
+        seed = paley_matrix(order)
+        return seed.T if self.transposed else seed
 
 
 def _seed_order(size: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
+from fewbits.kernels import dispatch, layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,10 @@ class SignedProduct(Term, kind="signed_product"):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         product = self.left.float() @ self.right.float()
         return torch.where(unpack_signs(self.signs, self.shape), product, -product).to(dtype)
+
+    def matmul(self, inputs: Tensor) -> Tensor:
+        found = dispatch.multiply(layout.signed_product(self.signs, self.left, self.right), inputs)
+        return super().matmul(inputs) if found is None else found
 
 
 def pack_signs(plus: Tensor) -> Tensor:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.core.tensor import Term
-from fewbits.formats.coded import spread_groups
+from fewbits.formats.coded import Coded, describe_numbers, spread_groups, taken_rows
+from fewbits.kernels.layout import ABSENT, BASE_THREE, Description, coded
 
 _POWERS = (1, 3, 9, 27, 81)
 
 
 @dataclass(frozen=True, eq=False)
-class Ternary(Term, kind="ternary"):
+class Ternary(Coded, kind="ternary"):
     """value = sign * scale: packed signs `[rows, bytes]`, scales `[rows or 1, groups]` or None for values of -1, 0 and 1.
 
     Made by `from_signs`.
@@ -54,11 +55,21 @@ class Ternary(Term, kind="ternary"):
         """int8 `[rows, columns]`: -1, 0 and 1."""
         return unpack_ternary(self.codes, self.columns)
 
-    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def described(self) -> Description | None:
+        scales = describe_numbers(self.scales)
+        if scales is None:
+            return None
+        return coded((self.rows, self.columns, BASE_THREE, self.group_size), self.codes, ABSENT, scales, ABSENT)
+
+    def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
         signs = self.unpacked_signs()
         if self.scales is None:
             return signs.to(dtype)
         return (signs.float() * spread_groups(self.scales.float(), self.group_size, self.columns)).to(dtype)
+
+    def taken(self, rows: Tensor) -> Ternary:
+        scales = None if self.scales is None else cast(Tensor, taken_rows(self.scales, rows))
+        return Ternary(self.codes.index_select(0, rows), scales, len(rows), self.columns, self.group_size)
 
 
 def pack_ternary(signs: Tensor) -> Tensor:

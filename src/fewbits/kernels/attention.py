@@ -42,7 +42,7 @@ def serves(matrix: Description | None) -> bool:
     rows, columns, bits, group = matrix.layout[:4]
     levels, scales, zeros = matrix.layout[4], matrix.layout[5:9], matrix.layout[9:]
     grid = levels == _NONE and scales[:2] == (_DENSE, rows) and (zeros == (_NONE,) or zeros[:2] == (_DENSE, rows))
-    return bits >= 1 and grid and (group >= columns or group % (8 if bits <= 4 else 4) == 0)
+    return 1 <= bits <= 8 and grid and (group >= columns or group % (8 if bits <= 4 else 4) == 0)
 
 
 def attend(query: Tensor, keys: Side, values: Side, mask: Tensor | None, scale: float, *, heads: int) -> Tensor:

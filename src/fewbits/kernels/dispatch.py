@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.kernels import native
-from fewbits.kernels.layout import Description, entries, has_codes
+from fewbits.kernels.layout import Description, entries, has_codes, is_signed_product
 
 FEW_VECTORS = 32  # up to which codes are read as they are; above, a matrix product on decoded weights is faster
-_SPARSE_VECTORS = 256  # that sparse rows are multiplied with at once
+_VECTORS_AT_ONCE = 256  # that matrices which are never decoded are multiplied with
 _SPARSE_SHARE = 64  # one entry in so many is few enough for sparse rows to be faster than decoded ones
 _TILE_BYTES = 4 * 2**20  # of decoded weights that are in memory at once
 
@@ -36,8 +36,8 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
     function = _multiply if plain else _multiply_op
     if inputs.numel() <= FEW_VECTORS * inputs.shape[-1]:
         return function(inputs, matrix.tensors, matrix.layout)
-    if _SPARSE_SHARE * entries(matrix) < matrix.layout[0] * matrix.layout[1]:
-        some = inputs.reshape(-1, inputs.shape[-1]).split(_SPARSE_VECTORS)
+    if _never_decoded(matrix):
+        some = inputs.reshape(-1, inputs.shape[-1]).split(_VECTORS_AT_ONCE)
         return torch.cat([function(part, matrix.tensors, matrix.layout) for part in some]).unflatten(0, inputs.shape[:-1])
     if not has_codes(matrix):
         counts["definition"] += 1
@@ -47,6 +47,11 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
     room = _room(step, columns, inputs.dtype) if plain else None
     parts = [inputs @ _rows(matrix, first, min(first + step, rows), inputs.dtype, room).T for first in range(0, rows, step)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _never_decoded(matrix: Description) -> bool:
+    """Sparse rows of few entries, and factors whose weights the kernel makes as fast as anybody."""
+    return is_signed_product(matrix) or _SPARSE_SHARE * entries(matrix) < matrix.layout[0] * matrix.layout[1]
 
 
 def decode(matrix: Description | None, dtype: torch.dtype) -> Tensor | None:
@@ -75,12 +80,22 @@ def _rows(matrix: Description, first: int, last: int, dtype: torch.dtype, room: 
 
 
 def _serves(matrix: Description, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> bool:
-    usable = min(matrix.layout[:2]) > 0 and native.number(dtype) is not None and _native_is_chosen()
-    usable = usable and all(tensor.device.type == "cpu" for tensor in tensors) and all(tensor.is_contiguous() for tensor in matrix.tensors)
-    usable = usable and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-    if not usable and not torch.compiler.is_compiling():
+    there = min(matrix.layout[:2]) > 0 and all(tensor.is_contiguous() for tensor in matrix.tensors)
+    return counted(there and usable(dtype, tensors))
+
+
+def counted(served: bool) -> bool:
+    """`served` as it is, and a note where the definition must serve."""
+    if not served and not torch.compiler.is_compiling():
         counts["definition"] += 1
-    return usable
+    return served
+
+
+def usable(dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether kernels compute with numbers of this dtype and these tensors: on the CPU, and where no gradient is asked for."""
+    if native.number(dtype) is None or not _native_is_chosen() or any(tensor.device.type != "cpu" for tensor in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 @torch.compiler.assume_constant_result

@@ -14,7 +14,8 @@ from torch import Tensor
 from fewbits.kernels.native import number
 
 _NONE, _DENSE, _PACKED, _CODED, _TABLE, _SIGNS = range(6)
-_PLAIN, _SPARSE, _VECTORS = 1, 2, 3  # forms of other matrices, whose width is given as 0 bits
+_PLAIN, _SPARSE, _VECTORS, _SIGNED = 1, 2, 3, 4  # forms of other matrices, whose width is given as 0 bits
+BASE_THREE = 9  # in the place of a width: codes of three values for -1, 0 and 1, five to a byte, the first one the lowest digit
 _UNITS = (4, 8, 16)  # numbers of a codeword that kernels know
 
 
@@ -92,6 +93,15 @@ def vectors(codes: Tensor, books: Tensor, scales: Tensor | None, shape: tuple[in
     )
 
 
+def signed_product(bits: Tensor, left: Tensor, right: Tensor) -> Description | None:
+    """The product of `left [rows, rank]` and `right [rank, columns]`, entry by entry times a sign: one stream of bits over the whole
+    matrix, 1 for plus, the first the highest of its byte. None where kernels do not read the dtype of the factors.
+    """
+    kind = number(left.dtype)
+    sizes = (left.shape[0], right.shape[1], 0, _SIGNED)
+    return None if kind is None or left.dtype != right.dtype else Description((bits, left, right), (*sizes, kind, left.shape[1]))
+
+
 def has_codes(matrix: Description) -> bool:
     """Whether a matrix is one of codes of single numbers, which can also be decoded."""
     return matrix.layout[2] != 0
@@ -100,3 +110,8 @@ def has_codes(matrix: Description) -> bool:
 def entries(matrix: Description) -> int:
     """How many numbers a matrix stores: those of compressed sparse rows, or all."""
     return matrix.layout[-1] if matrix.layout[2:4] == (0, _SPARSE) else matrix.layout[0] * matrix.layout[1]
+
+
+def is_signed_product(matrix: Description) -> bool:
+    """Whether a matrix is one that `signed_product` describes."""
+    return matrix.layout[2:4] == (0, _SIGNED)

@@ -111,6 +111,34 @@ def decode(
     return outputs
 
 
+def rotate(isa: str, vectors: Tensor, order: int, signs: Tensor | None, seed: Tensor | None, signs_last: bool) -> Tensor:
+    """`vectors [..., size]` times the Kronecker product of `seed [order, order]` (none: 1) and Sylvester's matrix, over sqrt(size), in
+    float32 and then in their own dtype; `signs`, packed, a set bit for -1, change the vectors' before, or after.
+
+    Raises ValueError where sizes do not fit.
+    """
+    assert _extension is not None
+    vectors = vectors.contiguous()
+    outputs, size = torch.empty_like(vectors), vectors.shape[-1]
+    sizes = (vectors.numel() // size, size, _NUMBERS[vectors.dtype], order, int(signs_last), int(signs is not None))
+    held = [vectors, outputs, *(tensor.contiguous() for tensor in (signs, seed) if tensor is not None)]
+    _extension.rotate(isa, sizes, _buffers(held), torch.get_num_threads())
+    return outputs
+
+
+def reorder(vectors: Tensor, packed: Tensor, bits: int) -> Tensor:
+    """`vectors [..., features]` of 2 or 4 bytes a number, feature i from the place that the i-th of the `packed` indices names.
+
+    Raises ValueError where sizes do not fit or there is no such place.
+    """
+    assert _extension is not None
+    vectors, packed = vectors.contiguous(), packed.contiguous()
+    outputs, features = torch.empty_like(vectors), vectors.shape[-1]
+    sizes = (vectors.numel() // features, features, vectors.element_size(), bits)
+    _extension.reorder(sizes, _buffers((vectors, outputs, packed)), torch.get_num_threads())
+    return outputs
+
+
 def read_pass(tensor: Tensor) -> int:
     """Reads every byte of a contiguous tensor, as fast as memory gives them."""
     assert _extension is not None
