@@ -2,10 +2,11 @@ import pytest
 import torch
 
 from fewbits.core.errors import InputError
-from fewbits.evaluation.streamed import ModelFromStates, Replacements, StreamedModel
+from fewbits.evaluation.streamed import ModelFromStates, StreamedModel
 from fewbits.methods.weights.awq import Awq
 from fewbits.models.source import open_model
 from fewbits.pipeline.dense_pass import DensePass
+from fewbits.pipeline.last_states import Replacements
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.stream import compress_model
 from fewbits.statistics.hessian import Hessian

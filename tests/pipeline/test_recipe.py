@@ -37,6 +37,8 @@ def test_a_recipe_is_the_plan_that_python_would_make(tmp_path):
         ("[method]\nname = 'gptq'\n[[override]]\nlayers = 'x'", "did you mean 'overrides'"),
         ("keep = 'x'\n[method]\nname = 'gptq'", "a list of patterns"),
         ("[method]\nname = 'gptq'\n[[overrides]]\nname = 'rtn'", "an override needs layers"),
+        ("[method]\nname = 'gptq'\n[head]\nbits = 4", "a method needs a name"),
+        ("[method]\nname = 'gptq'\n[embedding]\nname = 'rtn'", "did you mean 'embeddings'"),
     ],
 )
 def test_what_is_wrong_in_a_recipe_is_said(tmp_path, text, says):
@@ -52,6 +54,7 @@ def test_what_is_wrong_in_a_recipe_is_said(tmp_path, text, says):
     "plan",
     [
         Plan(Gptq(bits=3, damping=1e-05, group_size=None)),
+        Plan(Gptq(), embeddings=Rtn(bits=8), head=Gptq(bits=4)),
         Plan(Rtn(bits=16), ("*.0.*", 'odd"name'), (("a.b", Rtn(bits=2, symmetric=True, search="mse")), ("*", Gptq()))),
     ],
 )

@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fewbits import api
-from fewbits.cli.options import CalibrationText, DryRun, Inputs, Json, Model, err, out, read_dtype, read_inputs, read_pairs, read_plan
+from fewbits.cli.options import (
+    CalibrationText,
+    DryRun,
+    Inputs,
+    Json,
+    Model,
+    err,
+    out,
+    read_dtype,
+    read_inputs,
+    read_method,
+    read_pairs,
+    read_plan,
+)
 from fewbits.cli.progress import Bar
 from fewbits.data.text import TextSample
 from fewbits.pipeline.preflight import is_long, preflight, said
 from fewbits.pipeline.stream import StreamOptions
+
+_TABLE = "as METHOD or METHOD:field=value,...; dense unless it is given. A head that is tied to the embedding is one table with it"
 
 
 def compress(  # noqa: PLR0913 - a command has as many options as users need
@@ -23,6 +38,8 @@ def compress(  # noqa: PLR0913 - a command has as many options as users need
     method: Annotated[str | None, typer.Option("-m", "--method", help="Name of a method; fewbits methods lists them.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with a method, its fields, and layers treated otherwise.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="A field of the method, as name=value; may be repeated.")] = None,
+    embeddings: Annotated[str | None, typer.Option(help=f"What compresses the embedding of tokens, {_TABLE}.")] = None,
+    head: Annotated[str | None, typer.Option(help=f"What compresses the output head, {_TABLE}.")] = None,
     data: CalibrationText = "builtin:calibration",
     samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
@@ -38,6 +55,10 @@ def compress(  # noqa: PLR0913 - a command has as many options as users need
 ) -> None:
     """Compress MODEL (a local folder, builtin:NAME, or owner/name on the hub) and write a folder that evaluate, generate and load take."""
     plan = read_plan(method, recipe, read_pairs(settings or []))
+    if embeddings is not None:
+        plan = replace(plan, embeddings=read_method(embeddings))
+    if head is not None:
+        plan = replace(plan, head=read_method(head))
     with Bar() as bar:
         how = {"inputs": read_inputs(inputs), "dtype": read_dtype(dtype), "activations_on_disk": activations_on_disk, "fold": fold}
         options = StreamOptions(**how, progress=bar.show)  # type: ignore[arg-type]
@@ -62,4 +83,4 @@ def compress(  # noqa: PLR0913 - a command has as many options as users need
     out.print(f"the weights' files: {sizes}; {results['file_bits_per_weight']:.4f} bits for each of {results['parameters']} parameters")
     if silent := results["silent"]:
         out.print(f"saw no calibration token, so compressed as if inputs were uncorrelated: {', '.join(silent)}")
-    out.print(f"kept as they were: {', '.join(f'{name} ({reason})' for name, reason in results['kept'].items())}")
+    out.print(f"kept as they were: {', '.join(f'{name} ({reason})' for name, reason in results['kept'].items()) or 'no matrices'}")

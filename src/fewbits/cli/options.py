@@ -9,8 +9,9 @@ import torch
 import typer
 from rich.console import Console
 
-from fewbits.core.config import configure, suggest
+from fewbits.core.config import configure, read_spec, suggest
 from fewbits.core.errors import InputError
+from fewbits.core.method import Method
 from fewbits.core.registry import get_method
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.recipe import read_recipe
@@ -44,6 +45,12 @@ def read_plan(method: str | None, recipe: Path | None, settings: dict[str, str])
     if recipe is not None:
         return read_recipe(recipe, settings)
     return Plan(configure(get_method(cast(str, method)), settings))
+
+
+def read_method(spec: str) -> Method:
+    """The method of "NAME" or "NAME:field=value,...". Raises InputError where there is none, or no such field."""
+    name, values = read_spec(spec)
+    return configure(get_method(name), values)
 
 
 def read_inputs(name: str | None) -> Literal["propagated", "original"] | None:

@@ -23,11 +23,13 @@ from fewbits.core.record import machine, peak_memory, restart_peak_memory, versi
 from fewbits.core.workers import ThisProcess, Workers
 from fewbits.data.text import TextSample
 from fewbits.evaluation.fidelity import TokenScores, score, summarize
-from fewbits.evaluation.streamed import ModelFromStates, Replacements, StreamedModel
+from fewbits.evaluation.streamed import ModelFromStates, StreamedModel
 from fewbits.layers.linear import CompressedLinear
 from fewbits.models.source import ModelSource
+from fewbits.models.vocabulary import place_compressed
 from fewbits.pipeline.dense_pass import DensePass, content_key, reads_text, tensor_hash
 from fewbits.pipeline.feed import StreamOptions
+from fewbits.pipeline.last_states import Replacements
 from fewbits.pipeline.stream import StreamSummary, compress_model
 from fewbits.pipeline.whole import whole_model
 
@@ -210,7 +212,7 @@ def _measure(bench: Bench, made: StreamSummary | None) -> TokenScores:
     if made is None:
         return score(bench.reference(), bench.windows)
     blocks = {name: index for index, name in enumerate(bench.dense.blocks)}
-    replaced = Replacements(lambda name: made.store.layers(blocks[name]), made.replaced())
+    replaced = Replacements(lambda name: made.store.layers(blocks[name]), made.replaced(), made.tables())
     model = StreamedModel(bench.source.name, bench.windows, dtype=bench.options.dtype, replaced=replaced)
     return score(model, bench.windows, bench.reference())
 
@@ -223,6 +225,8 @@ def _whole(source: ModelSource, made: StreamSummary | None) -> nn.Module:
         return None if name not in stored else CompressedLinear(stored.pop(name), linear.bias)  # type: ignore[arg-type]
 
     model = whole_model(source, replace_linear)
+    for name, table in stored.items():  # what is no linear of a block
+        place_compressed(model, name, table, torch.float32)
     for name, value in ({} if made is None else made.replaced()).items():
         model.get_parameter(name).data.copy_(value)
     return model.eval()

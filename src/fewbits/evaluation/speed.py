@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.core.record import peak_memory, resident_memory, restart_peak_memory
+from fewbits.core.tensor import CompressedTensor
+from fewbits.formats.dense import Dense as DenseTerm
 from fewbits.kernels import native
-from fewbits.layers.linear import CompressedLinear
+from fewbits.layers.embedding import CompressedEmbedding, TiedHead
+from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.hf_cache import cache_keyword
 
 ROWS = (1, 4, 16, 32, 128)  # vectors that a layer is multiplied with at once, where layers are timed alone
@@ -22,6 +25,10 @@ ROWS = (1, 4, 16, 32, 128)  # vectors that a layer is multiplied with at once, w
 
 def densified(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """A copy of `model` whose compressed layers are dense ones with the weights that they stand for, in `dtype`."""
+
+    def dense_table(layer: CompressedEmbedding) -> CompressedEmbedding:
+        values = DenseTerm(layer.stored.weight.decode(dtype))
+        return CompressedEmbedding(StoredLinear(CompressedTensor((values,))), dtype, layer.scale)
 
     def dense(layer: CompressedLinear) -> nn.Linear:
         with torch.device("meta"):
@@ -32,15 +39,20 @@ def densified(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Modul
         return linear
 
     # A copy that meets a compressed layer takes what is remembered for it.
-    replaced = {id(module): dense(module) for module in model.modules() if isinstance(module, CompressedLinear)}
-    return copy.deepcopy(model, cast(dict[int, Any], replaced)).to(dtype).eval()
+    replaced: dict[int, Any] = {id(module): dense(module) for module in model.modules() if isinstance(module, CompressedLinear)}
+    replaced |= {id(module): dense_table(module) for module in model.modules() if isinstance(module, CompressedEmbedding)}
+    return copy.deepcopy(model, replaced).to(dtype).eval()
 
 
 def bytes_read(model: nn.Module) -> int:
     """Bytes of everything that a step of one token reads: all stored tensors but the rows of an embedding that is no output head."""
     seen = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
-    heads = {module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Linear)}
-    looked_up = {module.weight.data_ptr() for module in model.modules() if isinstance(module, nn.Embedding)} - heads
+    modules = list(model.modules())
+    heads = {module.weight.data_ptr() for module in modules if isinstance(module, nn.Linear)}
+    heads |= {buffer.data_ptr() for module in modules if isinstance(module, TiedHead) for buffer in module.table.buffers()}
+    looked_up = {module.weight.data_ptr() for module in modules if isinstance(module, nn.Embedding)}
+    looked_up |= {buffer.data_ptr() for module in modules if isinstance(module, CompressedEmbedding) for buffer in module.buffers()}
+    looked_up -= heads
     return sum(size for address, size in seen.items() if address not in looked_up)
 
 
@@ -87,9 +99,9 @@ def measure_layers(model: nn.Module, dtype: torch.dtype, *, rounds: int) -> list
 
     Layers of a kind take turns, so that weights come from memory where there are enough of them.
     """
-    kinds: dict[tuple[Any, ...], list[CompressedLinear]] = {}
+    kinds: dict[tuple[Any, ...], list[CompressedLinear | TiedHead]] = {}
     for module in model.modules():
-        if isinstance(module, CompressedLinear):
+        if isinstance(module, (CompressedLinear, TiedHead)):
             terms = tuple(term.kind for term in module.stored.weight.terms)
             kinds.setdefault((module.out_features, module.in_features, terms), []).append(module)
     rows = []
@@ -105,7 +117,7 @@ def measure_layers(model: nn.Module, dtype: torch.dtype, *, rounds: int) -> list
                 {"vectors": count, "seconds": seconds, "flops_per_byte": flops / size, "flops": flops / seconds["median"]}
             )
         if native.extension() is not None:
-            passes = [_read(layer) for _ in range(rounds) for layer in layers[:8]]
+            passes = [_read(layer.table if isinstance(layer, TiedHead) else layer) for _ in range(rounds) for layer in layers[:8]]
             row["read_pass_bytes_per_second"] = size / statistics.median(passes)
             row["share_of_read_pass"] = statistics.median(passes) / row["products"][0]["seconds"]["median"]
         rows.append(row)

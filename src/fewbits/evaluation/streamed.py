@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fewbits.core.errors import InputError
-from fewbits.export.checkpoint import is_checkpoint, read_layers
-from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.export.checkpoint import is_checkpoint, read_layers, read_tables
 from fewbits.models.adapter import Adapter
 from fewbits.models.source import ModelSource, open_model
 from fewbits.pipeline.capture import Capture
-from fewbits.pipeline.feed import finite
+from fewbits.pipeline.last_states import LastStates, Replacements
 
 
 class ModelFromStates(nn.Module):
@@ -56,18 +53,10 @@ class ModelFromStates(nn.Module):
         self.position = 0
 
 
-@dataclass(frozen=True)
-class Replacements:
-    """What takes the place of a dense model's parts: linears by the block they are in, small parameters by full name."""
-
-    layers: Callable[[str], Iterable[tuple[str, StoredLinear]]]
-    parameters: Mapping[str, Tensor] = field(default_factory=dict)
-
-
 class StreamedModel(ModelFromStates):
     """Called with the batches of `windows` in their order, gives the logits that the whole model would give.
 
-    All windows go through one block, then through the next; only the last block's outputs are kept. `memory` gives the size of a
+    Only the last block's outputs are kept. `memory` gives the size of a
     stack, as in `read_layers`. Of a dense model some parts may be replaced. Raises InputError for a model that predicts no
     tokens, or a call with other tokens.
     """
@@ -86,40 +75,11 @@ class StreamedModel(ModelFromStates):
         if source.is_encoder:
             raise InputError(f"{str(model)!r} is an encoder, which predicts no tokens")
         if replaced is None and is_checkpoint(source.path):
-            replaced = Replacements(lambda block: read_layers(source.path, block, memory))
-        shell = source.shell()
-        blocks = Adapter(shell).blocks
-        capture = Capture(shell, source, blocks, dtype)
-        runs = [capture.run(batch, None) for batch in windows.split(batch_size)]
-        hidden, calls = [states for states, _ in runs], [call for _, call in runs]
-        wrapped = False
-        with torch.no_grad():
-            for name in blocks:
-                block = capture.hollow[name]
-                _fill(source, shell, name, block, replaced, dtype)
-                wrapped = isinstance(calls[0][name].call(block, hidden[0]), tuple)
-                outputs = (call[name].run(block, states) for call, states in zip(calls, hidden, strict=True))
-                hidden = list(finite(name, outputs))
-                block.to("meta")
-        _load_rest(source, shell, dtype)
-        _replace_parameters(shell, "", {} if replaced is None else replaced.parameters)
-        super().__init__(windows, capture, torch.cat(hidden), wrapped)
-
-
-def _fill(source: ModelSource, shell: nn.Module, name: str, block: nn.Module, replaced: Replacements | None, dtype: torch.dtype) -> None:
-    """Give the block called `name`, which something stands in for in `shell`, its weights."""
-    for layer, stored in () if replaced is None else replaced.layers(name):
-        inner = layer.removeprefix(f"{name}.")
-        block.set_submodule(inner, CompressedLinear(stored, cast("Tensor | None", block.get_submodule(inner).bias)))
-    source.load_detached(shell, block, name, dtype)
-    _replace_parameters(block, f"{name}.", {} if replaced is None else replaced.parameters)
-
-
-def _replace_parameters(module: nn.Module, prefix: str, values: Mapping[str, Tensor]) -> None:
-    """Copy those of `values`, by full name, that are parameters of `module`, whose own name and a dot is `prefix`."""
-    for name, parameter in module.named_parameters():
-        if f"{prefix}{name}" in values:
-            parameter.data.copy_(values[f"{prefix}{name}"])
+            replaced = Replacements(lambda block: read_layers(source.path, block, memory), tables=read_tables(source.path))
+        replaced = replaced or Replacements()
+        states = LastStates.of(source, (windows, None), replaced, batch_size=batch_size, dtype=dtype)
+        _load_rest(source, states.capture.shell, dtype)
+        super().__init__(windows, states.capture, states.hidden, states.wrapped)
 
 
 def _load_rest(source: ModelSource, shell: nn.Module, dtype: torch.dtype) -> None:

@@ -16,7 +16,9 @@ from fewbits.core.files import written_whole
 from fewbits.export.folder import copy_companions, quantization_config, write_shards
 from fewbits.export.stack import Stack, describe_stack, memory_in_bytes, shortened
 from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.models.adapter import Adapter
 from fewbits.models.source import ModelSource, open_model
+from fewbits.models.vocabulary import place_compressed
 
 CONFIG, RECORD, CARD = "config.json", "fewbits.json", "README.md"
 FORMAT = 2
@@ -140,6 +142,13 @@ def read_layers(path: Path, inside: str = "", memory: int | str | None = None) -
         yield layer, read_layer(source, layer, shortened(described, counts.get(layer)))
 
 
+def read_tables(path: Path) -> dict[str, StoredLinear]:
+    """What of a checkpoint is compressed outside of its blocks: embedding and head, by full name."""
+    source = open_model(path)
+    blocks = tuple(f"{block}." for block in Adapter(source.shell()).blocks)
+    return {layer: read_layer(source, layer, settings) for layer, settings in read_settings(path).items() if not layer.startswith(blocks)}
+
+
 def read_layer(source: ModelSource, layer: str, described: Mapping[str, Any]) -> StoredLinear:
     """One compressed linear of the checkpoint `source`, of what its settings say."""
     module = CompressedLinear.empty(described)
@@ -157,8 +166,7 @@ def with_layers(source: ModelSource, layers: Iterable[tuple[str, StoredLinear]],
     """The model of `source` with compressed `layers` in the place of its own, the rest from its files in `dtype`; in eval mode."""
     shell = source.shell()
     for name, stored in layers:
-        bias = cast(Tensor | None, shell.get_submodule(name).bias)
-        shell.set_submodule(name, CompressedLinear(stored, bias).settle())
+        place_compressed(shell, name, stored, dtype).settle()
     source.load_module(shell, "", dtype)
     shell.tie_weights()
     return shell

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from fewbits.core.errors import InputError
 from fewbits.export.checkpoint import CONFIG, is_checkpoint, read_layer, read_settings
 from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.models.adapter import Adapter
 from fewbits.models.experts import SeparateExperts
 from fewbits.models.source import ModelSource, open_model
 
@@ -59,6 +60,12 @@ class Contents:
     def names(self) -> tuple[str, ...]:
         """Names of the compressed linears, in the order of `layers`."""
         return tuple(self._settings)
+
+    @cached_property
+    def tables(self) -> tuple[str, ...]:
+        """Those of `names` that are outside of the blocks: embedding and head. A head that is tied to the embedding is not named."""
+        blocks = tuple(f"{block}." for block in Adapter(self.shell).blocks)
+        return tuple(name for name in self.names if not name.startswith(blocks))
 
     def layers(self) -> Iterator[tuple[str, StoredLinear]]:
         """Name and stored value `[out, in]` of every compressed linear, one at a time; an `offset` is in the bias that `dense` gives."""

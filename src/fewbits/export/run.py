@@ -49,6 +49,8 @@ def export(folder: Path, target: Target, output: Path, *, requantize: bool = Fal
     check_output(output)
     if target.single_file and output.is_dir():
         raise InputError(f"{output} is a folder, and {target.name()} is one file; a name for it would be right")
+    if contents.tables and not target.holds_tables:
+        raise InputError(f"{target.name()} cannot hold {contents.tables[0]}: it keeps embedding and head dense; {_elsewhere(folder)}")
     reasons = _reasons(contents, target, stop_at_first=not requantize)
     losses: dict[str, float] = {}
     if reasons and not requantize:
@@ -68,7 +70,7 @@ def holders(folder: Path) -> list[str]:
     A format whose package is not installed is asked all the same.
     """
     contents = Contents(folder)
-    targets = [get_target(name) for name in list_targets()]
+    targets = [one for one in map(get_target, list_targets()) if one.holds_tables or not contents.tables]
     return [one.name() for one in targets if not _reasons(contents, one, stop_at_first=True) and one.refuses_model(contents) is None]
 
 

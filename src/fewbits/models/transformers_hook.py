@@ -10,8 +10,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbits.core.errors import InputError
-from fewbits.layers.linear import CompressedLinear
+from fewbits.layers.linear import CompressedLayer, CompressedLinear
 from fewbits.models.experts import separate_experts
+from fewbits.models.vocabulary import place_compressed
 
 
 @register_quantization_config("fewbits")
@@ -41,11 +42,11 @@ class FewbitsQuantizer(HfQuantizer):
             here = next((one for one in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if one in modules), None)
             if here is None:
                 raise InputError(f"the model has no layer {name!r}, which the folder says is compressed")
-            model.set_submodule(here, CompressedLinear.empty(settings, modules[here].bias))  # type: ignore[arg-type]
+            place_compressed(model, here, CompressedLinear.empty(settings).stored, model.dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for module in model.modules():
-            if isinstance(module, CompressedLinear):
+            if isinstance(module, CompressedLayer):
                 module.settle()
         return model

@@ -39,7 +39,7 @@ class Vocabulary:
         return cls(found, other, other is not None and ties.get(f"{other}.weight") == f"{found}.weight")
 
 
-def place(model: nn.Module, name: str, stored: StoredLinear, dtype: torch.dtype) -> CompressedLayer[StoredLinear]:
+def place_compressed(model: nn.Module, name: str, stored: StoredLinear, dtype: torch.dtype) -> CompressedLayer[StoredLinear]:
     """Put what computes with `stored` in the place of the linear or the embedding `name` of `model`, whose dense numbers are of `dtype`.
 
     A head that is tied to the embedding then computes with the embedding's table. Raises InputError for an embedding that does

@@ -24,6 +24,7 @@ from fewbits.pipeline.gradients import keep_sensitivities
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.store import Store
 from fewbits.pipeline.stream import compress_model, run_settings
+from fewbits.pipeline.tables import Tables
 
 LONG = 10**9  # bytes of weights from which on a run is long enough that its room is checked before it begins
 _FEW_STEPS, _MORE_STEPS = 1, 3
@@ -50,6 +51,7 @@ def estimate_run(
     `compress_model` raises, so that wrong input shows here.
     """
     options = replace(options or StreamOptions(), progress=None, workers=ThisProcess())
+    Tables.of(source, plan)  # says what is wrong with them, though the trial leaves them out
     restart_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         trial = _Trial(source, plan, options, (windows, mask), Path(folder))
@@ -194,6 +196,8 @@ def _left_out(plan: Plan) -> tuple[str, ...]:
         found.append("ranking the terms")
     if isinstance(method, BlockMethod) and method.restoration() is not None:
         found.append("the first of two compressions")
+    if plan.embeddings is not None or plan.head is not None:
+        found.append("embedding and head")
     return tuple(found)
 
 

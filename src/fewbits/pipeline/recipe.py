@@ -10,6 +10,14 @@ bits = 3
 layers = "*.down_proj"
 name = "rtn"
 bits = 8
+
+[embeddings]
+name = "rtn"
+bits = 8
+
+[head]
+name = "gptq"
+bits = 4
 """
 
 from __future__ import annotations
@@ -39,7 +47,7 @@ def read_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
         raise InputError(f"the recipe {path} cannot be read ({error.strerror}); a TOML file would be right") from error
     except ValueError as error:
         raise InputError(f"{path} is not TOML: {error}") from error
-    known = ["method", "keep", "overrides"]
+    known = ["method", "keep", "overrides", "embeddings", "head"]
     for name in recipe:
         if name not in known:
             raise InputError(f"{path}: {name!r} is not known in a recipe; {suggest(name, known)}")
@@ -47,7 +55,8 @@ def read_recipe(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
     if not isinstance(keep, list) or not all(isinstance(pattern, str) for pattern in keep):
         raise InputError(f"{path}: keep={keep!r} is not right; a list of patterns of layer names would be")
     overrides = [_override(path, entry) for entry in recipe.get("overrides", [])]
-    return Plan(_method(path, recipe.get("method", {}), changes or {}), tuple(keep), tuple(overrides))
+    outside = {name: _method(path, recipe[name], {}) for name in ("embeddings", "head") if name in recipe}
+    return Plan(_method(path, recipe.get("method", {}), changes or {}), tuple(keep), tuple(overrides), **outside)
 
 
 def recipe_text(plan: Plan) -> str:
@@ -56,6 +65,8 @@ def recipe_text(plan: Plan) -> str:
     lines += ["[method]", *_lines(plan.method)]
     for pattern, method in plan.overrides:
         lines += ["", "[[overrides]]", f"layers = {json.dumps(pattern)}", *_lines(method)]
+    outside = {"embeddings": plan.embeddings, "head": plan.head}
+    lines += [line for name, one in outside.items() if one is not None for line in ("", f"[{name}]", *_lines(one))]
     return "\n".join(lines) + "\n"
 
 

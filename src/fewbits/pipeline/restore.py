@@ -80,11 +80,11 @@ class _Restored(ModelSource):
 
     def __init__(self, source: ModelSource, store: Store) -> None:
         super().__init__(source.name, source.path)
-        self._store = store
+        self._source, self._store = source, store
         self._names = {f"{name}.weight" for name in store.state_names(_STATE)}
 
     def parameter(self, name: str) -> Tensor:
-        original = super().parameter(name)
+        original = self._source.parameter(name)  # which may hold other embeddings than the folder
         if name not in self._names:
             return original
         layer = name.removesuffix(".weight")

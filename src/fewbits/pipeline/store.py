@@ -56,7 +56,7 @@ class Store:
                 "repeat it with the same settings to go on, or start again with --fresh"
             )
 
-    def key(self, block: int) -> str:
+    def key(self, block: int | str) -> str:
         """Hash of everything that decides the content of a block's artefact."""
         return hashlib.sha256(_as_json({"settings": self.settings, "block": block}).encode()).hexdigest()
 
@@ -67,11 +67,15 @@ class Store:
             count += 1
         return count
 
-    def manifest(self, block: int) -> dict[str, Any]:
+    def has_part(self, part: str) -> bool:
+        """Whether what lies outside of the blocks is done: `part` takes the place of a block's number wherever that is asked for."""
+        return self._manifest_path(part).exists() and self.manifest(part)["key"] == self.key(part)
+
+    def manifest(self, block: int | str) -> dict[str, Any]:
         return _read_json(self._manifest_path(block))
 
     def write_block(
-        self, block: int, layers: Mapping[str, StoredLinear], entries: Mapping[str, Any], replaced: Mapping[str, Tensor] | None = None
+        self, block: int | str, layers: Mapping[str, StoredLinear], entries: Mapping[str, Any], replaced: Mapping[str, Tensor] | None = None
     ) -> None:
         """Write a block's tensors, then the manifest that makes it count; `entries` join the manifest.
 
@@ -87,7 +91,7 @@ class Store:
         manifest = {"key": self.key(block), "settings": described, **entries}
         _write(self._manifest_path(block), lambda part: part.write_text(_as_json(manifest)))
 
-    def layers(self, block: int) -> Iterator[tuple[str, StoredLinear]]:
+    def layers(self, block: int | str) -> Iterator[tuple[str, StoredLinear]]:
         """The compressed linears of a block, read one at a time."""
         described = self.manifest(block)["settings"]
         with safe_open(self._tensor_path(block), "pt") as file:
@@ -149,17 +153,21 @@ class Store:
             if not path.name.startswith(self._activation_path(keep).stem):
                 path.unlink()
 
-    def _manifest_path(self, block: int) -> Path:
-        return self.folder / f"block-{block:05d}.json"
+    def _manifest_path(self, block: int | str) -> Path:
+        return self.folder / f"{_stem(block)}.json"
 
-    def _tensor_path(self, block: int) -> Path:
-        return self.folder / f"block-{block:05d}.safetensors"
+    def _tensor_path(self, block: int | str) -> Path:
+        return self.folder / f"{_stem(block)}.safetensors"
 
     def _activation_path(self, block: int, stream: str = "") -> Path:
         return self.folder / f"activations-{block:05d}{stream}.bin"
 
     def _state_path(self, name: str) -> Path:
         return self.folder / f"state-{name}.safetensors"
+
+
+def _stem(block: int | str) -> str:
+    return f"block-{block:05d}" if isinstance(block, int) else f"part-{block}"
 
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:

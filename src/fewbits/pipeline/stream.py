@@ -32,6 +32,7 @@ from fewbits.pipeline.restore import restored
 from fewbits.pipeline.solve import GroupJob, solve_job
 from fewbits.pipeline.stack import order_terms, stacking_of
 from fewbits.pipeline.store import Store
+from fewbits.pipeline.tables import Tables
 from fewbits.pipeline.tune import tune_blocks
 
 __all__ = ["StreamOptions", "StreamSummary", "compress_model", "run_settings"]
@@ -46,11 +47,16 @@ class StreamSummary:
     blocks: int
     kept: Mapping[str, str]  # full name of every matrix that stays dense, with the reason
     order: tuple[str, ...] | None = None  # of the layers' terms after the first, where the method ranks them (pipeline/stack.py)
+    parts: tuple[str, ...] = ()  # what the store calls what is compressed outside of the blocks (pipeline/tables.py)
 
     def layers(self) -> Iterator[tuple[str, StoredLinear]]:
-        """Every compressed linear by its full name, read one at a time."""
-        for block in range(self.blocks):
+        """Every compressed linear by its full name, read one at a time; embedding and head, where they are compressed, come last."""
+        for block in (*range(self.blocks), *self.parts):
             yield from self.store.layers(block)
+
+    def tables(self) -> dict[str, StoredLinear]:
+        """Embedding and head by full name, where they are compressed."""
+        return {name: stored for part in self.parts for name, stored in self.store.layers(part)}
 
     def replaced(self) -> dict[str, Tensor]:
         """New values of dense parameters, by full name: small ones, such as norms that took a scale over."""
@@ -62,7 +68,7 @@ class StreamSummary:
     def record(self) -> dict[str, Any]:
         """JSON-able: bits with their breakdown, each layer's error, and what was kept dense."""
         layers: dict[str, Any] = {}
-        for block in range(self.blocks):
+        for block in (*range(self.blocks), *self.parts):
             layers |= self.store.manifest(block)["layers"]
         breakdown: dict[str, int] = {}
         for layer in layers.values():
@@ -78,7 +84,7 @@ class StreamSummary:
             "bits": breakdown,
             "compressed_weights": weights,
             "layers": layers,
-            "silent": [name for name, layer in layers.items() if not layer["tokens"]],
+            "silent": [name for name, layer in layers.items() if layer["tokens"] == 0],
             "kept": dict(self.kept),
             "replaced": sorted(self.replaced()),
         }
@@ -93,7 +99,7 @@ def compress_model(
     mask: Tensor | None = None,
     shared: DensePass | None = None,
 ) -> StreamSummary:
-    """Compress every linear of every block as `plan` says, on the token `windows [count, length]`.
+    """Compress every linear of every block, and embedding and head, as `plan` says, on the token `windows [count, length]`.
 
     `mask`, bool of the windows' shape, tells padding at the right from text; None: all is text. `work` holds what is
     finished; a run that was killed goes on from it and ends in the same bytes. Raises InputError where the folder belongs to
@@ -107,22 +113,31 @@ def compress_model(
     tuning = _tuning_method(plan)
     if options.blocks is not None:  # what concerns the whole model is not for a few blocks
         stacking = tuning = None
-    shell = source.shell()
-    kept = Adapter(shell).kept | _kept_by_plan(Adapter(shell), plan)
+    tables = Tables.of(source, plan) if options.blocks is None else None
+    adapter = Adapter(source.shell())
+    kept = adapter.kept | _kept_by_plan(adapter, plan)
     store = Store(work, run_settings(source, plan, windows, mask, options))
     with torch.no_grad():
+        dense, text = source, (windows, mask)
+        if tables is not None:
+            kept = {name: reason for name, reason in kept.items() if name not in tables.compressed()}
+            source = tables.begin(store, cast(str, options.inputs))
+            shared = shared if source is dense else None  # it saw the dense embedding
         if isinstance(plan.method, BlockMethod):
-            blocks = _compress_by_blocks(source, plan, plan.method, store, (windows, mask), options)
+            blocks = _compress_by_blocks(source, plan, plan.method, store, text, options)
         else:
-            # Where all statistics are there already, one batch of hidden states is enough to show what may be folded.
-            seen = slice(options.batch_size if shared is not None and options.inputs == "original" else None)
-            feed = Feed(source, shell, windows[seen], None if mask is None else mask[seen], options)
-            _Run(plan, feed, store, (windows, mask), shared).compress_blocks()
+            # Where nothing is gathered, or all is there already, one batch of hidden states is enough to show what may be folded.
+            there = not plan.needs() or (shared is not None and options.inputs == "original")
+            seen = slice(options.batch_size if there else None)
+            feed = Feed(source, source.shell(), windows[seen], None if mask is None else mask[seen], options)
+            _Run(plan, feed, store, text, shared).compress_blocks()
             blocks = len(feed.blocks)
             if tuning is not None:
-                tune_blocks(source, tuning, store, blocks, (windows, mask), options.progress)
-        order = None if stacking is None else order_terms(source, stacking, stacked, store, (windows, mask), options)
-    return StreamSummary(store, blocks, kept, order)
+                tune_blocks(source, tuning, store, blocks, text, options.progress)
+        order = None if stacking is None else order_terms(source, stacking, stacked, store, text, options)
+        if tables is not None:
+            tables.finish(store, adapter.blocks, text, options)
+    return StreamSummary(store, blocks, kept, order, () if tables is None else tables.parts())
 
 
 def _compress_by_blocks(
@@ -146,7 +161,7 @@ def _compress_by_blocks(
 
 def _tuning_method(plan: Plan) -> LayerMethod | None:
     """The layer method that has the whole model trained at last. Raises InputError where it has not all the layers to itself."""
-    asking = [one for one in (plan.method, *(one for _, one in plan.overrides)) if isinstance(one, LayerMethod) and one.tuning()]
+    asking = [one for one in plan.methods() if isinstance(one, LayerMethod) and one.tuning()]
     if asking and plan.overrides:
         raise InputError(f"{asking[0].name()} trains the whole model at last; a recipe without overrides would be right")
     return asking[0] if asking else None

@@ -26,6 +26,7 @@ class Dense(Target):
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
+    holds_tables: ClassVar[bool] = True
     readers: ClassVar[str] = "every engine that reads Hugging Face folders; the size is that of the dense model"
 
     def refuses(self, stored: StoredLinear) -> str | None:
