@@ -117,6 +117,8 @@ def _card(model: str, record: dict[str, Any]) -> str:
     """The model card: what was done, true bits, and how far each layer's outputs are from the original's."""
     results = record["results"]
     errors = sorted((layer["relative_error"], name) for name, layer in results["layers"].items())
+    by_outputs = all(layer["error_of"] == "outputs" for layer in results["layers"].values())
+    judged = "Squared output error over squared output on the calibration text" if by_outputs else "Squared error over squared weights"
     bits = "\n".join(f"| {name} | {count / results['compressed_weights']:.4f} |" for name, count in results["bits"].items())
     return f"""---
 library_name: transformers
@@ -133,8 +135,8 @@ tags: [fewbits, compressed]
 The whole file, with what stayed dense: {results["file_bytes"]} bytes, {results["file_bits_per_weight"]:.4f} bits for each of
 {results["parameters"]} parameters; the original's files have {results["dense_file_bytes"]} bytes.
 
-Squared output error over squared output on the calibration text: median {errors[len(errors) // 2][0]:.2e}, largest {errors[-1][0]:.2e}
-in `{errors[-1][1]}`. Kept as they were: {", ".join(f"`{name}` ({reason})" for name, reason in results["kept"].items())}.
+{judged}: median {errors[len(errors) // 2][0]:.2e}, largest {errors[-1][0]:.2e}
+in `{errors[-1][1]}`. Kept as they were: {", ".join(f"`{name}` ({reason})" for name, reason in results["kept"].items()) or "no matrices"}.
 {_loss(results.get("probe"))}
 ```python
 import fewbits

@@ -9,8 +9,10 @@ from fewbits.methods.activations.smoothquant import Smoothquant
 from fewbits.methods.weights.awq import Awq
 from fewbits.methods.weights.gptq import Gptq
 from fewbits.methods.weights.rtn import Rtn
+from fewbits.methods.weights.squeezellm import Squeezellm
 from fewbits.models.adapter import Adapter
 from fewbits.models.source import open_model
+from fewbits.pipeline.feed import Feed
 from fewbits.pipeline.fold import fold_scales
 from fewbits.pipeline.gather import SharedInputs
 from fewbits.pipeline.plan import Plan
@@ -253,3 +255,22 @@ def test_a_norm_with_other_readers_keeps_its_scale():
     block.gate.data[0] = 1e-9  # nobody else listens any more
     block.forward = lambda y: y + block.layer(block.norm(y))
     assert set(fold_scales(block, stored, [("layer",)], lambda: block(x))[1]) == {"norm.weight", "norm.bias"}
+
+
+@pytest.mark.parametrize(("method", "gathers"), [(Rtn(bits=3, group_size=16), False), (PLAN.method, True)])
+def test_what_asks_nothing_of_the_inputs_runs_a_single_batch(method, gathers, folder, tmp_path, monkeypatch):
+    """The text is then no part of the result: errors are the weights' own, and no layer is said to have seen tokens."""
+    calls = []
+    run = Feed.run
+    monkeypatch.setattr(Feed, "run", lambda self, *arguments: calls.append(arguments[0]) or run(self, *arguments))
+    summary = compress_model(open_model(folder), Plan(method), WINDOWS, tmp_path / "all", StreamOptions(batch_size=2))
+    passes = len(calls)
+    assert passes == (7 * 3 if gathers else 7)  # every block twice, but for the outputs of the last one
+    layers = summary.record()["layers"].values()
+    assert {layer["error_of"] for layer in layers} == {"outputs" if gathers else "weights"}
+    assert {layer["tokens"] for layer in layers} == ({WINDOWS.numel()} if gathers else {None}) and not summary.record()["silent"]
+
+
+def test_methods_say_for_each_setting_what_they_need():
+    assert Plan(Squeezellm()).needs() == set() and Plan(Squeezellm(feedback=True)).needs() == {Hessian}
+    assert Plan(Rtn(), overrides=(("*.q_proj", Gptq()),)).needs() == {Hessian}

@@ -157,7 +157,7 @@ def _gather(configurations: Sequence[Configuration], calibrations: Sequence[Cali
     plans = [one.plan for one in configurations if reads_text(one.plan) and isinstance(one.plan.method, LayerMethod)]
     for plan in plans:
         inputs = options.inputs or plan.method.inputs
-        needs = {need for method in (plan.method, *(one for _, one in plan.overrides)) for need in method.needs}
+        needs = plan.needs()
         (original if inputs == "original" else propagated).update(needs)
     whole = any((options.inputs or plan.method.inputs) == "original" for plan in plans)
     for calibration in calibrations if plans else ():

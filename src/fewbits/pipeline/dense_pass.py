@@ -162,7 +162,7 @@ class DensePass:
 
 def reads_text(plan: Plan) -> bool:
     """Whether calibration text changes what the plan's methods do: rounding to nearest, for one, never looks at any."""
-    methods = [plan.method, *(method for _, method in plan.overrides)]
+    methods = plan.methods()
     plain = [one for one in methods if isinstance(one, LayerMethod) and not one.needs and not one.uses_gradients]
     return len(plain) < len(methods) or any(one.profiling() or one.tuning() or one.stacking() for one in plain)
 

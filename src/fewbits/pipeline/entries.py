@@ -25,16 +25,20 @@ def checked_linears(adapter: Adapter, block: str, plan: Plan) -> dict[str, nn.Mo
     return linears
 
 
-def layer_entry(name: str, weight: Tensor, stored: StoredLinear, moment: Tensor | None, tokens: int) -> dict[str, Any]:
-    """JSON-able: weights, bits, relative error. Raises NumericsError where the compressed weight is not finite.
+def layer_entry(name: str, weight: Tensor, stored: StoredLinear, moment: Tensor | None, tokens: int | None) -> dict[str, Any]:
+    """JSON-able: weights, bits, relative error, `tokens` that the method looked at (None: it looks at none).
 
-    The error is squared output error over squared output where a second moment was gathered, else the same of the weight.
+    Raises NumericsError where the compressed weight is not finite.
+
+    The error is squared output error over squared output where a second moment was gathered, else the same of the weight; `error_of`
+    says which.
     """
     difference = weight - stored.weight.decode()
     if not bool(torch.isfinite(difference).all()):
         raise NumericsError(f"{name}: the compressed weight is not finite")
     lost, whole = (_energy(matrix, moment) for matrix in (difference, weight))
-    return {"weights": weight.numel(), "bits": stored.bits(), "relative_error": lost / max(whole, 1e-30), "tokens": tokens}
+    error = {"relative_error": lost / max(whole, 1e-30), "error_of": "weights" if moment is None else "outputs"}
+    return {"weights": weight.numel(), "bits": stored.bits(), **error, "tokens": tokens}
 
 
 def second_moment(statistics: Statistics) -> Tensor | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fewbits.core.checks import check_range
 from fewbits.core.errors import InputError
-from fewbits.core.method import LayerMethod, Paper, Statistics
+from fewbits.core.method import Accumulator, LayerMethod, Paper, Statistics
 from fewbits.core.tensor import CompressedTensor, Term
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.sparse import Sparse
@@ -37,7 +37,6 @@ class Squeezellm(LayerMethod):
 
     paper: ClassVar[Paper] = Paper("SqueezeLLM: Dense-and-Sparse Quantization", "2306.07629", 2023)
     baseline: ClassVar[str | None] = "rtn"
-    needs: ClassVar = (Hessian,)
     uses_gradients: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -46,6 +45,10 @@ class Squeezellm(LayerMethod):
         check_range("outliers", self.outliers, 0, 0.5)
         if self.weighting not in ("fisher", "none"):
             raise InputError(f"weighting={self.weighting!r} is not known; 'fisher' or 'none' would be right")
+
+    @property
+    def needs(self) -> tuple[type[Accumulator], ...]:  # type: ignore[override]  # the paper's method asks nothing of the inputs
+        return (Hessian,) if self.feedback else ()
 
     def sensitivity(self, weight: Tensor, gradient: Tensor) -> Tensor:
         """The diagonal of the Fisher information (section 4.1): squared for each sample, not of their sum."""
