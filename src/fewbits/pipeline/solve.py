@@ -39,10 +39,11 @@ def solve_weights(statistics: Statistics, job: GroupJob, weights: Mapping[str, T
     """As `solve_job`, for the job's `weights [out, in]` by name."""
     known = Statistics(*statistics, tokens=statistics.tokens, sensitivities=job.sensitivities, choices=job.choices)
     stored = solve_group(job.method, weights, known)
+    tokens = statistics.tokens if job.method.needs else None
     entries = {}
     for name, layer in stored.items():
         moment = second_moment(statistics) if job.moments is None else job.moments[name]
-        entries[name] = layer_entry(name, weights[name], layer, moment, statistics.tokens)
+        entries[name] = layer_entry(name, weights[name], layer, moment, tokens)
     return stored, entries
 
 
