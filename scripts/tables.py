@@ -17,7 +17,12 @@ REGION = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(path: Path) -> str:
-    """A Markdown table of a result's rows: of a language model, or whatever fields an experiment of another kind has."""
+    """A Markdown table of a result's rows: of a language model, or whatever fields an experiment of another kind has.
+
+    A folder is one of reproductions, a row for each.
+    """
+    if path.is_dir():
+        return reproduced(path)
     result = json.loads(path.read_text())
     rows = result["rows"]
     if "perplexity" not in rows[0]:
@@ -35,6 +40,37 @@ def table(path: Path) -> str:
         line += [f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"] if "peak_memory_bytes" in rows[0] else []
         cells.append(line)
     return _markdown(heads, cells)
+
+
+def reproduced(folder: Path) -> str:
+    """The papers' figures beside ours, a row for every method that a paper's is held against or is."""
+    measured = ["perplexity", "of the rival's loss removed"]
+    heads = ["method", "", "paper: bits", *measured, "here: bits", *measured]
+    cells = []
+    for path in sorted(folder.glob("*.json")):
+        results = json.loads(path.read_text())["results"]
+        paper, here = results["published"], {row["label"]: row for row in results["rows"]}
+        first = [f"[{results['method']}](methods/{_family(results['method'])}/{results['method']}.md)", "dense"]
+        cells.append([*first, "16", _number(paper["dense"]), "", "16", _number(results["dense"]), ""])
+        shares = results["share_removed"]
+        for figure in (paper["own"], *paper["rivals"]):
+            row, own = here.get(figure["label"]), figure["label"] == paper["own"]["label"]
+            line = ["", figure["label"], _cell(figure["bits"]), _number(figure["perplexity"]), _percent(shares["paper"]) if own else ""]
+            ours = ["—", "—", ""] if row is None else [f"{row['bits_per_weight']:.2f}", _number(row["perplexity"])]
+            cells.append(line + (ours if row is None else [*ours, _percent(shares["here"]) if own else ""]))
+    return _markdown(heads, cells)
+
+
+def _family(method: str) -> str:
+    return next(path.parent.name for path in (ROOT / "docs" / "methods").glob(f"*/{method}.md"))
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 1000 else f"{value:.1e}"
+
+
+def _percent(value: float | None) -> str:
+    return "—" if value is None else f"{value:.0%}"
 
 
 def at_bits(curve: list[tuple[float, float]], bits: float) -> str:

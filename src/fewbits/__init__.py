@@ -9,6 +9,7 @@ from fewbits.export.resize import resize
 from fewbits.layers import parts as _parts  # noqa: F401 - makes what a folder holds known
 from fewbits.mixed_precision import allocate
 from fewbits.models import transformers_hook as _transformers_hook  # noqa: F401 - registers the folder format
+from fewbits.reproduction import reproduce
 
 __all__ = [
     "CompareSettings",
@@ -25,6 +26,7 @@ __all__ = [
     "evaluate",
     "generate",
     "load",
+    "reproduce",
     "resize",
     "train",
 ]

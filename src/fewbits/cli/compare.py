@@ -57,7 +57,7 @@ def compare(  # noqa: PLR0913 - a command has as many options as users need
         _show_estimates(found, dry_run and as_json)
     if dry_run:
         return
-    with _Screen() as screen:
+    with Screen() as screen:
         options = StreamOptions(inputs=read_inputs(inputs), progress=screen.progress)
         given: dict[str, Any] = {"calibration": calibration, "text": heldout, "settings": settings, "options": options}
         record = compare_methods(model, methods, output, **given, report=screen.report)
@@ -98,10 +98,10 @@ def _table(rows: list[dict[str, Any]], baseline: str) -> Table:
     return table
 
 
-class _Screen:
+class Screen:
     """The table as far as it is, on standard error, with a line below it that says what is done now."""
 
-    def __enter__(self) -> _Screen:
+    def __enter__(self) -> Screen:
         self.rows: list[dict[str, Any]] = []
         self.live: Live | None = None  # wrong input is said in one line, without a table above it
         self.what = ""

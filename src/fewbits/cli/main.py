@@ -18,11 +18,12 @@ from fewbits.cli.evaluate import evaluate
 from fewbits.cli.export import export
 from fewbits.cli.generate import generate
 from fewbits.cli.methods import methods
+from fewbits.cli.reproduce import reproduce
 from fewbits.cli.show import show
 from fewbits.core.errors import FewbitsError, InputError
 
 app = typer.Typer(help=__doc__, add_completion=False, pretty_exceptions_enable=False)
-for command in (methods, show, compress, allocate, evaluate, compare, calibrate, generate, export, bench):
+for command in (methods, show, compress, allocate, evaluate, compare, reproduce, calibrate, generate, export, bench):
     app.command()(command)
 _UsageError = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer has its own copy of click, or uses click itself
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fewbits.core.checks import check_positive, check_range
 from fewbits.core.method import BlockMethod, Paper, Statistics, Tuning
+from fewbits.core.published import LLAMA2_AT_4K, Figure, Published
 from fewbits.layers.learned_additive import AdditiveLinear
 from fewbits.solvers.additive import Additives, fit_additive, scheme_for
 from fewbits.statistics.hessian import Hessian
@@ -41,6 +42,13 @@ class Aqlm(BlockMethod):
     seed: int = 0
 
     paper: ClassVar[Paper] = Paper("Extreme Compression of Large Language Models via Additive Quantization", "2401.06118", 2024)
+    published: ClassVar = Published(
+        own=Figure("AQLM", 6.64, 2.02, "aqlm"),
+        rivals=(Figure("QuIP#", 6.19, 2), Figure("GPTQ, 2 bits", 50.75, 2.125, "gptq:bits=2,group_size=128")),
+        **LLAMA2_AT_4K,
+        source="VPTQ's table",
+        setting="four codebooks of 16 codewords of 8, where the paper's of 65536 codewords would outweigh a small model",
+    )
     baseline: ClassVar[str | None] = "gptq"
     needs: ClassVar = (Hessian,)
 

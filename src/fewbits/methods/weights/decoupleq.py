@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewbits.core.checks import check_group_size, check_positive, check_range
 from fewbits.core.method import BlockMethod, Paper, Statistics
+from fewbits.core.published import Figure, Published
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.ranges import fit_groups
 from fewbits.formats.uniform import Uniform
@@ -47,6 +48,11 @@ class Decoupleq(BlockMethod):
         "decoupleQ: Towards 2-bit Post-Training Uniform Quantization via decoupling Parameters into Integer and Floating Points",
         "2404.12759",
         2024,
+    )
+    published: ClassVar = Published(
+        own=Figure("decoupleQ, whole rows", 9.49, 2, "decoupleq:bits=2,group_size=none"),
+        rivals=(Figure("OmniQuant", 15.47, 2), Figure("GPTQ, 2 bits", 2.1e3, 2, "gptq:bits=2,group_size=none")),
+        calibration="128 windows of 2048 tokens",
     )
     baseline: ClassVar[str | None] = "gptq"
     needs: ClassVar = (Hessian,)

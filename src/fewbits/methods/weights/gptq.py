@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fewbits.core.checks import check_group_size, check_positive, check_range
 from fewbits.core.method import LayerMethod, Paper, Statistics
+from fewbits.core.published import Figure, Published
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.permutation import Permutation
 from fewbits.formats.ranges import Search, fit_groups, fit_uniform, round_codes
@@ -39,6 +40,11 @@ class Gptq(LayerMethod):
     block_size: int = 128
 
     paper: ClassVar[Paper] = Paper("GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", "2210.17323", 2022)
+    published: ClassVar = Published(
+        own=Figure("GPTQ, 3 bits", 8.07, 3, "gptq:bits=3,group_size=none"),
+        rivals=(Figure("rounding to nearest, 3 bits", 25.54, 3, "rtn:bits=3,group_size=none"),),
+        source="the official repository's table for LLaMA",
+    )
     baseline: ClassVar[str | None] = "rtn"
     needs: ClassVar = (Hessian,)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fewbits.core.checks import check_group_size, check_positive, check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import LayerMethod, Paper, Stage, Statistics, TrainingMethod
+from fewbits.core.published import Figure, Published
 from fewbits.core.tensor import CompressedTensor, Term
 from fewbits.formats.binary import Binary
 from fewbits.formats.masked import Codes, Masked, MaskStorage, RowGrid
@@ -57,6 +58,11 @@ class PbLlm(LayerMethod, TrainingMethod):
     seed: int = 0
 
     paper: ClassVar[Paper] = Paper("PB-LLM: Partially Binarized Large Language Models", "2310.00034", 2023)
+    published: ClassVar = Published(
+        own=Figure("PB-LLM, 10 % salient, no training", 102.19, 2.7, "pb_llm:share=0.1"),
+        rivals=(Figure("BiLLM", 35.04, 2.1), Figure("GPTQ, 2 bits", 2.1e3, 2, "gptq:bits=2,group_size=none")),
+        source="PTQ1.61's measurement of it",
+    )
     baseline: ClassVar[str | None] = "rtn"
     needs: ClassVar = (Hessian,)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewbits.core.checks import check_positive, check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import BlockMethod, Paper, Restoration, Statistics
+from fewbits.core.published import Figure, Published
 from fewbits.core.tensor import CompressedTensor, Term
 from fewbits.formats.binary import Binary
 from fewbits.formats.columns import Columns
@@ -55,6 +56,16 @@ class Ptq161(BlockMethod):
 
     paper: ClassVar[Paper] = Paper(
         "PTQ1.61: Push the Real Limit of Extremely Low-Bit Post-Training Quantization Methods for Large Language Models", "2502.13179", 2025
+    )
+    published: ClassVar = Published(
+        own=Figure("PTQ1.61", 12.50, 1.61, "ptq161"),
+        rivals=(
+            Figure("BiLLM", 35.04, 2.1),
+            Figure("PB-LLM, 10 % salient", 102.19, 2.7, "pb_llm:share=0.1"),
+            Figure("GPTQ, 2 bits", 2.1e3, 2, "gptq:bits=2,group_size=none"),
+        ),
+        calibration="128 windows of 2048 tokens of WikiText2, after a repair of the model",
+        setting="without the repair that the paper makes first (restore_steps=0)",
     )
     baseline: ClassVar[str | None] = "rtn"
     needs: ClassVar = (Moments, Ranges)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fewbits.core.checks import check_positive, check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import BlockMethod, Paper, Statistics, Tuning
+from fewbits.core.published import LLAMA2_AT_4K, Figure, Published
 from fewbits.formats.additive import Additive
 from fewbits.layers.learned_additive import AdditiveLinear, SteppingLinear
 from fewbits.layers.linear import StoredLinear
@@ -48,6 +49,13 @@ class PvTuning(BlockMethod):
     seed: int = 0
 
     paper: ClassVar[Paper] = Paper("PV-Tuning: Beyond Straight-Through Estimation for Extreme LLM Compression", "2405.14852", 2024)
+    published: ClassVar = Published(
+        own=Figure("PV-Tuning, 2 x 8 bits", 5.90, 2, "pv_tuning"),
+        rivals=(Figure("AQLM fine-tuned, 2 x 8 bits", 6.69, 2, "aqlm:tune_steps=150"),),
+        **LLAMA2_AT_4K,
+        source="the official repository's table",
+        setting="four codebooks of 16 codewords of 8, where the paper's of 256 would outweigh a small model",
+    )
     baseline: ClassVar[str | None] = "aqlm"
     needs: ClassVar = (Hessian,)
 

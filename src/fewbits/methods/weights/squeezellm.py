@@ -9,6 +9,7 @@ from torch import Tensor
 from fewbits.core.checks import check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import Accumulator, LayerMethod, Paper, Statistics
+from fewbits.core.published import Figure, Published
 from fewbits.core.tensor import CompressedTensor, Term
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.sparse import Sparse
@@ -36,6 +37,14 @@ class Squeezellm(LayerMethod):
     feedback: bool = False
 
     paper: ClassVar[Paper] = Paper("SqueezeLLM: Dense-and-Sparse Quantization", "2306.07629", 2023)
+    published: ClassVar = Published(
+        own=Figure("SqueezeLLM, dense only", 6.32, 3.02, "squeezellm:bits=3,sensitive=0,outliers=0"),
+        rivals=(
+            Figure("GPTQ, 3 bits", 7.55, 3, "gptq:bits=3,group_size=none,activation_order=true"),
+            Figure("rounding to nearest, 3 bits", 25.61, 3, "rtn:bits=3,group_size=none"),
+        ),
+        calibration="100 windows of 512 tokens of C4",
+    )
     baseline: ClassVar[str | None] = "rtn"
     uses_gradients: ClassVar[bool] = True
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fewbits.core.checks import check_positive, check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import BlockMethod, Paper, Statistics, Tuning
+from fewbits.core.published import LLAMA2_AT_4K, Figure, Published
 from fewbits.core.tensor import CompressedTensor, Term, Transform
 from fewbits.formats.additive import Additive, decode_additive
 from fewbits.formats.columns import Columns
@@ -60,6 +61,16 @@ class Vptq(BlockMethod):
     seed: int = 0
 
     paper: ClassVar[Paper] = Paper("VPTQ: Extreme Low-bit Vector Post-Training Quantization for Large Language Models", "2409.17066", 2024)
+    published: ClassVar = Published(
+        own=Figure("VPTQ", 6.13, 2.02, "vptq"),
+        rivals=(
+            Figure("QuIP#", 6.19, 2),
+            Figure("AQLM", 6.64, 2.02, "aqlm"),
+            Figure("GPTQ, 2 bits", 50.75, 2.125, "gptq:bits=2,group_size=128"),
+        ),
+        **LLAMA2_AT_4K,
+        setting="codebooks of 256 vectors of 4, where the paper's of 65536 vectors of 8 would outweigh a small model",
+    )
     baseline: ClassVar[str | None] = "gptq"
     needs: ClassVar = (Hessian,)
 
