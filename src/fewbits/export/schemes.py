@@ -69,6 +69,11 @@ def unhold(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
     return StoredLinear(weight, _read_inputs(tensors, scheme.inputs))
 
 
+def cache_scheme(kind: str | None) -> dict[str, Any] | None:
+    """How keys and values are cached: "fp8" or "int8", each layer with one scale of its own for each; None: as they are."""
+    return None if kind is None else _arguments(8, "float" if kind == "fp8" else "int", "tensor")
+
+
 def _hold_inputs(activation: Part | None) -> tuple[dict[str, Tensor], dict[str, Any] | None] | str:
     """Tensors and arguments."""
     if activation is None:

@@ -6,17 +6,22 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from fewbits.core.checks import check_group_size, check_range
 from fewbits.core.errors import InputError
+from fewbits.data.text import TextSample
+from fewbits.export.cache_scales import cache_scales
+from fewbits.export.checkpoint import with_layers
 from fewbits.export.contents import Contents
 from fewbits.export.folder import compressed_modules, copy_companions, quantization_config, write_config, write_shards
 from fewbits.export.grids import nearest_grid
-from fewbits.export.schemes import FORMATS, Scheme, hold, unhold
+from fewbits.export.schemes import FORMATS, Scheme, cache_scheme, hold, unhold
 from fewbits.export.target import Target
 from fewbits.layers.linear import StoredLinear
 from fewbits.models.source import open_model
@@ -30,13 +35,18 @@ _INPUTS = ("input_scale", "input_zero_point")
 class CompressedTensors(Target):
     """Layers of one scheme make a config group; linears that stayed dense are named under `ignore`.
 
-    `bits`, `group_size` (None: whole rows) and `symmetric` are for layers that are requantized. Raises InputError for values out
-    of range.
+    `bits`, `group_size` (None: whole rows) and `symmetric` are for layers that are requantized. With `kv_cache` the file says that
+    keys and values are cached in 8 bits, with a scale for each layer that is measured on `kv_samples` windows of `kv_seq_len`
+    tokens of `kv_data`; vLLM takes fp8 alone. Raises InputError for values out of range.
     """
 
     bits: int = 4
     group_size: int | None = 128
     symmetric: bool = False
+    kv_cache: Literal["fp8", "int8"] | None = None
+    kv_data: str = "builtin:calibration"
+    kv_samples: int = 16
+    kv_seq_len: int = 512
 
     readers: ClassVar[str] = "transformers with the package compressed-tensors, vLLM, SGLang"
     extra: ClassVar[str | None] = None
@@ -44,6 +54,8 @@ class CompressedTensors(Target):
     def __post_init__(self) -> None:
         check_range("bits", self.bits, 2, 8)
         check_group_size(self.group_size)
+        check_range("kv_samples", self.kv_samples, 1, 10**9)
+        check_range("kv_seq_len", self.kv_seq_len, 2, 10**9)
 
     def refuses(self, stored: StoredLinear) -> str | None:
         held = hold(stored)
@@ -59,7 +71,7 @@ class CompressedTensors(Target):
     def write(self, contents: Contents, destination: Path) -> None:
         copy_companions(contents.path, destination)
         groups: dict[str, tuple[Scheme, list[str]]] = {}
-        write_shards(destination, self._tensors(contents, groups))
+        write_shards(destination, chain(self._tensors(contents, groups), self._cache_scales(contents)))
         write_config(destination, contents.config | {"quantization_config": self._described(contents, list(groups.values()))})
 
     def recognizes(self, path: Path) -> bool:
@@ -85,6 +97,13 @@ class CompressedTensors(Target):
             yield from ((f"{name}.{suffix}", tensor) for suffix, tensor in tensors.items())
         yield from contents.dense()
 
+    def _cache_scales(self, contents: Contents) -> Iterator[tuple[str, Tensor]]:
+        """Of the model as it is written. Nothing where its cache is left as it is."""
+        if self.kv_cache is not None:
+            windows = TextSample(self.kv_data, self.kv_samples, self.kv_seq_len).windows(contents.source.tokenizer())
+            model = with_layers(contents.source, contents.layers(), torch.float32)
+            yield from cache_scales(model, windows, self.kv_cache)
+
     def _described(self, contents: Contents, groups: list[tuple[Scheme, list[str]]]) -> dict[str, Any]:
         """The quantization_config."""
         formats = {scheme.format for scheme, _ in groups}
@@ -95,7 +114,7 @@ class CompressedTensors(Target):
             "quantization_status": "compressed",
             "config_groups": {f"group_{i}": scheme.described(targets[i]) for i, (scheme, _) in enumerate(groups)},
             "ignore": contents.dense_linears(),
-            "kv_cache_scheme": None,
+            "kv_cache_scheme": cache_scheme(self.kv_cache),
         }
 
 
