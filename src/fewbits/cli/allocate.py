@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fewbits import mixed_precision
 from fewbits.allocation.sensitivity import Kind
-from fewbits.cli.options import CalibrationText, Json, Model, out, read_dtype
+from fewbits.cli.options import CalibrationText, Json, Model, Ray, out, read_dtype, workers
 from fewbits.cli.progress import Bar
 from fewbits.core.errors import InputError
 from fewbits.data.text import TextSample
@@ -40,6 +40,7 @@ def allocate(  # noqa: PLR0913 - as compress
     windows: Annotated[int, typer.Option(help="Number of its windows.")] = 64,
     dtype: Annotated[str, typer.Option(help="What the model computes in: float32, bfloat16 or float16.")] = "float32",
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of continuing a stopped run.")] = False,
+    ray: Ray = None,
     as_json: Json = False,
 ) -> None:
     """Give every layer of MODEL its own bits within a budget, compress it, and check that this beats equal bits for all."""
@@ -53,8 +54,8 @@ def allocate(  # noqa: PLR0913 - as compress
         tie=tie,
         keep=tuple(keep or []),
     )
-    with Bar() as bar:
-        stream = StreamOptions(dtype=read_dtype(dtype), progress=bar.show)
+    with Bar() as bar, workers(ray) as who:
+        stream = StreamOptions(dtype=read_dtype(dtype), progress=bar.show, workers=who)
         texts = {"calibration": TextSample(data, samples, seq_len), "heldout": TextSample(heldout, windows, min(seq_len, 256))}
         record = mixed_precision.allocate(model, request, output, options=stream, fresh=fresh, **cast(Any, texts))
     if as_json:

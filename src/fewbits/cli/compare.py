@@ -12,7 +12,7 @@ import typer
 from rich.live import Live
 from rich.table import Table
 
-from fewbits.cli.options import CalibrationText, DryRun, Inputs, Json, Model, err, out, read_inputs
+from fewbits.cli.options import CalibrationText, DryRun, Inputs, Json, Model, Ray, err, out, read_inputs, workers
 from fewbits.comparison.compare import CompareSettings, preflight
 from fewbits.comparison.compare import compare as compare_methods
 from fewbits.comparison.samples import Samples
@@ -41,6 +41,7 @@ def compare(  # noqa: PLR0913 - a command has as many options as users need
     prompt: Annotated[list[str] | None, typer.Option(help="A text that every model writes on from; may be repeated.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens that are written after each prompt; 0 for none.")] = 32,
     noise_windows: Annotated[int, typer.Option(help="Windows on which bfloat16 arithmetic is measured; 0 for none.")] = 8,
+    ray: Ray = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -57,8 +58,8 @@ def compare(  # noqa: PLR0913 - a command has as many options as users need
         _show_estimates(found, dry_run and as_json)
     if dry_run:
         return
-    with Screen() as screen:
-        options = StreamOptions(inputs=read_inputs(inputs), progress=screen.progress)
+    with Screen() as screen, workers(ray) as who:
+        options = StreamOptions(inputs=read_inputs(inputs), progress=screen.progress, workers=who)
         given: dict[str, Any] = {"calibration": calibration, "text": heldout, "settings": settings, "options": options}
         record = compare_methods(model, methods, output, **given, report=screen.report)
     if as_json:

@@ -16,6 +16,7 @@ from fewbits.cli.options import (
     Inputs,
     Json,
     Model,
+    Ray,
     err,
     out,
     read_dtype,
@@ -23,8 +24,11 @@ from fewbits.cli.options import (
     read_method,
     read_pairs,
     read_plan,
+    workers,
 )
 from fewbits.cli.progress import Bar
+from fewbits.core.errors import InputError
+from fewbits.core.method import BlockMethod
 from fewbits.data.text import TextSample
 from fewbits.pipeline.preflight import is_long, preflight, said
 from fewbits.pipeline.stream import StreamOptions
@@ -50,6 +54,7 @@ def compress(  # noqa: PLR0913 - a command has as many options as users need
     activations_on_disk: Annotated[bool, typer.Option("--activations-on-disk", help="Keep hidden states in a file.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start again instead of continuing a stopped run.")] = False,
     inputs: Inputs = None,
+    ray: Ray = None,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
@@ -59,6 +64,8 @@ def compress(  # noqa: PLR0913 - a command has as many options as users need
         plan = replace(plan, embeddings=read_method(embeddings))
     if head is not None:
         plan = replace(plan, head=read_method(head))
+    if ray is not None and isinstance(plan.method, BlockMethod):
+        raise InputError(f"{plan.method.name()} trains one block after the other, so there is nothing to spread; leave --ray out")
     with Bar() as bar:
         how = {"inputs": read_inputs(inputs), "dtype": read_dtype(dtype), "activations_on_disk": activations_on_disk, "fold": fold}
         options = StreamOptions(**how, progress=bar.show)  # type: ignore[arg-type]
@@ -70,7 +77,9 @@ def compress(  # noqa: PLR0913 - a command has as many options as users need
             print(json.dumps(asdict(estimate)) if as_json else "", end="")
             return
         measured = None if probe == "none" else TextSample(probe, 16, min(seq_len, 256))
-        record = api.compress(model, plan, output, calibration=calibration, options=options, probe=measured, fresh=fresh)
+        with workers(ray) as who:
+            options = replace(options, workers=who)
+            record = api.compress(model, plan, output, calibration=calibration, options=options, probe=measured, fresh=fresh)
     if as_json:
         print(json.dumps(record))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -13,6 +14,8 @@ from fewbits.core.config import configure, read_spec, suggest
 from fewbits.core.errors import InputError
 from fewbits.core.method import Method
 from fewbits.core.registry import get_method
+from fewbits.core.workers import Workers
+from fewbits.pipeline.on_ray import open_workers
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.recipe import read_recipe
 
@@ -27,6 +30,9 @@ Inputs = Annotated[
     typer.Option(help="What statistics see: original inputs, or those propagated through compressed blocks; else as the method says."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what time, memory and disk it takes, from one block on a little text.")]
+Ray = Annotated[
+    str | None, typer.Option("--ray", metavar="ADDRESS", help="Spread jobs over a Ray cluster: auto, HOST:PORT, or local for this machine.")
+]
 Memory = Annotated[str | None, typer.Option(help="Load the most of a stack (bitstack) that fits in this, such as 120MB.")]
 
 
@@ -67,3 +73,8 @@ def read_dtype(name: str) -> torch.dtype:
     if name not in known:
         raise InputError(f"--dtype {name!r} is not known; {suggest(name, known)}")
     return cast(torch.dtype, getattr(torch, name))
+
+
+def workers(address: str | None) -> contextlib.AbstractContextManager[Workers]:
+    """Those of `--ray`; jobs that are lost with their node are told of on standard error."""
+    return open_workers(address, lambda what: err.print(what, soft_wrap=True))
