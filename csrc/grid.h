@@ -1,5 +1,7 @@
 // Rows in full: scales, zero points and codes as numbers, and decoding. Included after an instruction set's lanes.h.
 #pragma once
+#include <algorithm>
+
 #include "matrix.h"
 #include "numbers.h"
 
@@ -48,9 +50,15 @@ static int64_t decode_floats(const Coded& w) {
 
 static void decode_row(const Coded& w, int64_t row, float* out, float* scratch);
 
+// The row of a table that serves row `row` of its matrix.
+static inline int64_t place_of(const Values& values, int64_t row) {
+  if (values.rows == 1) return 0;
+  return values.ends == nullptr ? row : std::upper_bound(values.ends, values.ends + values.rows, row) - values.ends;
+}
+
 // Row `row` of scales, zero points or levels as numbers; `bits` is the width of packed ones.
 static void read_values(const Values& values, int bits, int64_t row, float* out, float* scratch) {
-  const int64_t count = values.columns, at = values.rows == 1 ? 0 : row;
+  const int64_t count = values.columns, at = place_of(values, row);
   if (values.kind == Values::coded) return decode_row(*values.inner, at, out, scratch);
   if (values.kind == Values::packed) {
     codes_to_floats(static_cast<const uint8_t*>(values.data) + at * ((count * bits + 7) / 8), bits, count, out, reinterpret_cast<uint8_t*>(scratch));

@@ -39,7 +39,7 @@ static Plan make_plan(const Coded& w, int64_t vectors) {
   plan.panel = plan.tile == 1 ? plan.blocks : panel_floats / (plan.block * plan.tile);
   if (plan.panel < 1) plan.panel = 1;
   plan.span = 1;
-  const bool in_registers = w.levels.kind == Values::none || (w.level_groups == 1 && w.bits >= 2 && w.bits <= 4);
+  const bool in_registers = w.levels.kind == Values::none || (w.level_groups == 1);
   if (!in_registers || w.bits == base_three || (w.groups > 1 && w.group % plan.per_lane != 0)) {
     plan.kind = Plan::decode_rows;
   } else if (w.groups == 1 || w.group % plan.block == 0) {
@@ -109,7 +109,7 @@ struct Strip {
 };
 
 template <int Bits, bool Levels, int Rows, int Vectors, int Index>
-static inline void multiply_column(const Words* word, const Book* book, const float* inputs, Floats (*sums)[Rows][Vectors]) {
+static inline void multiply_column(const Words* word, const Book<Bits>* book, const float* inputs, Floats (*sums)[Rows][Vectors]) {
   constexpr int set = Rows * Vectors < 8 ? Index % 2 : 0;  // two sums a row where one would wait for itself
   Floats weight[Rows];
   for (int r = 0; r < Rows; ++r) {
@@ -123,7 +123,7 @@ static inline void multiply_column(const Words* word, const Book* book, const fl
 }
 
 template <int Bits, bool Levels, int Rows, int Vectors, int... Index>
-static inline void multiply_block(const Words* word, const Book* book, const float* inputs, Floats (*sums)[Rows][Vectors],
+static inline void multiply_block(const Words* word, const Book<Bits>* book, const float* inputs, Floats (*sums)[Rows][Vectors],
                                   std::integer_sequence<int, Index...>) {
   (multiply_column<Bits, Levels, Rows, Vectors, Index>(word, book, inputs, sums), ...);
 }
@@ -134,7 +134,7 @@ static void multiply_strip(const Strip& strip) {
   constexpr int64_t bytes = per_lane * lanes / 8 * Bits;
   const Plan& plan = *strip.plan;
   const int64_t picked = plan.kind == Plan::pick ? plan.picks[lanes - 1] + 1 : 0;
-  Book book[Rows];
+  Book<Bits> book[Rows];
   if constexpr (Levels) for (int r = 0; r < Rows; ++r) book[r] = load_book<Bits>(strip.levels[r]);
   Floats totals[Rows][Vectors];
   for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) totals[r][v] = zeros();
@@ -178,13 +178,20 @@ static int64_t multiply_some(const Strip& strip, int64_t rows, int64_t vectors) 
 
 using Some = int64_t (*)(const Strip&, int64_t rows, int64_t vectors);
 
+template <bool Levels, int... Before>
+static Some find_width(int bits, std::integer_sequence<int, Before...>) {
+  constexpr Some found[] = {multiply_some<Before + 1, Levels>...};
+  return found[bits - 1];
+}
+
 // The function for a width: returns how many of the rows it took.
 static Some find_some(const Coded& w) {
-  if (w.levels.kind != Values::none) return w.bits == 2 ? multiply_some<2, true> : w.bits == 3 ? multiply_some<3, true> : multiply_some<4, true>;
-  constexpr Some found[8] = {multiply_some<1, false>, multiply_some<2, false>, multiply_some<3, false>, multiply_some<4, false>,
-                             multiply_some<5, false>, multiply_some<6, false>, multiply_some<7, false>, multiply_some<8, false>};
-  return found[w.bits - 1];
+  constexpr auto widths = std::make_integer_sequence<int, 8>{};
+  return w.levels.kind == Values::none ? find_width<false>(w.bits, widths) : find_width<true>(w.bits, widths);
 }
+
+// Numbers that a row's levels take.
+static inline int64_t book_stride(const Coded& w) { return w.levels.kind == Values::none ? 0 : rounded_up(int64_t{1} << w.bits, 16); }
 
 static float dot(const float* a, const float* b, int64_t count) {
   Floats total = zeros();
@@ -202,7 +209,7 @@ static inline int64_t scales_stride(const Coded& w, const Plan& plan) {
 static int64_t scratch_floats(const Coded& w, int64_t vectors) {
   const Plan plan = make_plan(w, vectors);
   const int64_t whole = w.columns + rounded_up(w.columns, lanes) + decode_floats(w);
-  const int64_t each = scales_stride(w, plan) + w.groups + lanes + 16 + padded_vectors(vectors) + (plan.blocks * plan.block_bytes + plan.read_bytes) / 4 + 4;
+  const int64_t each = scales_stride(w, plan) + w.groups + lanes + book_stride(w) + padded_vectors(vectors) + (plan.blocks * plan.block_bytes + plan.read_bytes) / 4 + 4;
   return whole + grid_rows(plan) * each + w.groups + lanes;
 }
 
@@ -213,7 +220,7 @@ struct Chunk {
   const float* prepared;
   float* scales;   // [rows, scales_stride]
   float* shifts;   // [rows, groups + lanes]
-  float* levels;   // [rows, 16]
+  float* levels;   // [rows, book_stride]
   float* sums;     // [rows, padded vectors]
   float* copies;   // rows whose loads would pass the end of the codes
   float* scratch;  // for reading grids
@@ -236,7 +243,7 @@ static void read_chunk(const Chunk& chunk, int64_t first, int64_t last, const ui
     } else {
       read_grid(w, row, chunk.scales + i * stride, shifts, chunk.scratch);
     }
-    if (w.levels.kind != Values::none) read_values(w.levels, w.bits, row, chunk.levels + i * 16, chunk.scratch);
+    if (w.levels.kind != Values::none) read_values(w.levels, w.bits, row, chunk.levels + i * book_stride(w), chunk.scratch);
     codes[i] = w.codes + row * w.row_bytes;
     if (row * w.row_bytes + touched > w.code_bytes) {
       uint8_t* to = reinterpret_cast<uint8_t*>(chunk.copies) + i * copy;
@@ -263,7 +270,7 @@ static void multiply_chunk(const Chunk& chunk, int64_t first, int64_t last) {
         for (int64_t r = 0; r < least(4, rows - row); ++r) {
           strip.codes[r] = codes[row + r];
           strip.scales[r] = chunk.scales + (row + r) * stride;
-          strip.levels[r] = chunk.levels + (row + r) * 16;
+          strip.levels[r] = chunk.levels + (row + r) * book_stride(w);
         }
         strip.inputs = chunk.prepared + tile * plan.blocks * plan.block * plan.tile;
         strip.plan = &plan;
@@ -309,7 +316,7 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
   float* scales = scratch;
   float* shifts = scales + rows * scales_stride(w, plan);
   float* levels = shifts + rows * (w.groups + lanes);
-  float* sums = levels + rows * 16;
+  float* sums = levels + rows * book_stride(w);
   float* copies = sums + rows * padded_vectors(product.vectors);
   const Chunk chunk{product, plan, prepared, scales, shifts, levels, sums, copies, copies + rows * (touched / 4)};
   for (int64_t row = first; row < last; row += rows) multiply_chunk(chunk, row, least(row + rows, last));

@@ -19,7 +19,8 @@ constexpr int64_t packed_bytes(int64_t columns, int bits) { return bits == base_
 // The code that stands for zero where no zero points are stored.
 constexpr float middle_code(int bits) { return bits == base_three ? 1.0f : static_cast<float>(1 << (bits - 1)); }
 
-// A small table of real numbers [rows, columns] beside the codes: scales, zero points or levels. One row serves all rows.
+// A small table of real numbers [rows, columns] beside the codes: scales, zero points or levels. One row serves all rows; or one a run of
+// neighbouring rows, whose ends are told.
 struct Values {
   enum Kind : int {
     none = 0,    // nothing stored
@@ -27,6 +28,7 @@ struct Values {
     packed = 2,  // unsigned integers of the codes' width, packed as the codes are
     coded = 3,   // a coded matrix of its own: the second level of a two-level grid
     table = 4,   // bytes that look their value up in `lookup[256]`
+    runs = 6,    // in a layout: numbers, of each run of rows its own, which are `dense` once they are read
     signs = 5,   // of zero points: codes are 0 and 1 for -1 and 1; numbers, if there are any, are added to what they are scaled to
   };
   Kind kind = none;
@@ -36,6 +38,7 @@ struct Values {
   int64_t columns = 0;
   const float* lookup = nullptr;
   const Coded* inner = nullptr;
+  const int64_t* ends = nullptr;  // [rows], ascending: the row behind each run; nullptr where rows are not in runs
 };
 
 // A matrix [rows, columns] of packed codes: value = (code - zero) * scale, or levels[code] * scale.

@@ -66,7 +66,8 @@ static void unpack_as(const uint8_t* row, int64_t count, uint8_t* out) {
   constexpr uint64_t ones = ((uint64_t{1} << Bits) - 1) * 0x0001000100010001;
   for (; count > 0; count -= 8, row += Bits, out += 8) {
     uint64_t word = 0;
-    if (count >= 8) std::memcpy(&word, row, Bits);
+    if (count * Bits >= 64) std::memcpy(&word, row, 8);  // in one piece, and what is too much is masked
+    else if (count >= 8) std::memcpy(&word, row, Bits);
     else std::memcpy(&word, row, static_cast<size_t>((count * Bits + 7) / 8));
     word = (word & fours) | (word << (32 - 4 * Bits) & fours << 32);
     word = (word & twos) | (word << (16 - 2 * Bits) & twos << 16);

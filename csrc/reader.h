@@ -124,9 +124,11 @@ class Reader {
     return coded;
   }
 
+  static bool serves_rows(const Values& values, const Coded& coded) { return values.ends != nullptr || values.rows == 1 || values.rows == coded.rows; }
+
   static void check(Coded& coded) {
     const auto fits = [&coded](const Values& values) {
-      return values.kind == Values::none || ((values.rows == 1 || values.rows == coded.rows) && values.columns == coded.groups);
+      return values.kind == Values::none || (serves_rows(values, coded) && values.columns == coded.groups);
     };
     require(fits(coded.scales) && fits(coded.zeros), "scales or zero points do not fit the groups of a matrix");
     const bool signs = coded.zeros.kind == Values::signs;
@@ -137,18 +139,37 @@ class Reader {
     const bool told = signs || three || coded.levels.kind != Values::none || coded.scales.kind != Values::none;
     require(told, "a matrix has neither levels nor scales");
     require(coded.scales.kind != Values::packed, "scales cannot be packed integers");
+    require(coded.levels.kind != Values::none || (coded.scales.ends == nullptr && coded.zeros.ends == nullptr), "runs of rows have levels");
     if (coded.levels.kind == Values::none) return;
     require(coded.levels.kind == Values::dense && coded.zeros.kind == Values::none, "levels must be plain numbers, without zero points");
     const int64_t book = int64_t{1} << coded.bits;
     coded.level_groups = coded.levels.columns / book;
-    require(coded.levels.rows == 1 || coded.levels.rows == coded.rows, "levels do not fit the rows of a matrix");
+    require(serves_rows(coded.levels, coded), "levels do not fit the rows of a matrix");
     require(coded.levels.columns == book || coded.levels.columns == book * coded.groups, "levels do not fit the groups of a matrix");
+  }
+
+  // How many runs, where each ends, and their numbers.
+  Values read_runs(const Coded& owner) {
+    Values values;
+    values.kind = Values::dense;
+    values.rows = next(1, 1 << 24);
+    require(values.rows <= static_cast<int64_t>(layout_.size() - at_), "a layout ends too early");
+    values.ends = layout_.data() + at_;
+    int64_t end = 0;
+    for (int64_t run = 0; run < values.rows; ++run) end = next(end, owner.rows);
+    require(end == owner.rows, "runs of rows do not end with the last row");
+    values.columns = next(1, largest);
+    values.number = to_number(next(0, 2));
+    require(values.columns <= largest / values.rows, "a table is too large");
+    values.data = next_buffer(values.rows * values.columns * size_of(values.number));
+    return values;
   }
 
   Values read_values(const Coded& owner, int depth) {
     Values values;
-    values.kind = static_cast<Values::Kind>(next(0, 5));
+    values.kind = static_cast<Values::Kind>(next(0, 6));
     if (values.kind == Values::none) return values;
+    if (values.kind == Values::runs) return read_runs(owner);
     if (values.kind == Values::signs && next(0, 1) == 0) {  // without offsets
       values.rows = 1;
       values.columns = owner.groups;

@@ -7,15 +7,16 @@ namespace fewbits {
 namespace FEWBITS_ISA {
 namespace signed_product {
 
-constexpr int64_t rows_together = 4, panel_blocks = 32;  // vectors of lanes of a panel
+constexpr int together = 3;  // blocks whose sums do not wait for each other, and whose signs come in one word
+constexpr int64_t rows_together = 4, panel_blocks = 30;  // vectors of lanes of a panel
 
-static inline int64_t blocks(const Coded& w) { return ceiling(w.columns, lanes); }
+static inline int64_t blocks(const Coded& w) { return rounded_up(ceiling(w.columns, lanes), together); }  // some of zeros at the end
 static inline int64_t padded_vectors(int64_t count) { return count == 1 ? 1 : rounded_up(count, tile_vectors); }
 
 // The right factor [block, rank, lanes], then the inputs [vector, columns], both padded by zeros.
 static int64_t prepared_floats(const Product& product) {
   const Coded& w = *product.matrix;
-  return blocks(w) * lanes * (w.rank + padded_vectors(product.vectors)) + rounded_up(w.columns, lanes);
+  return blocks(w) * lanes * (w.rank + padded_vectors(product.vectors) + 1);
 }
 
 static void prepare(const Product& product, int64_t vector, float* room) {
@@ -34,41 +35,46 @@ static void prepare(const Product& product, int64_t vector, float* room) {
 }
 
 static int64_t scratch_floats(const Coded& w, int64_t vectors) {
-  return rows_together * (w.rank + padded_vectors(vectors) + panel_blocks * lanes) + 16;
+  return rows_together * (2 * w.rank + padded_vectors(vectors) + panel_blocks * lanes) + 16;
 }
 
-// The signs of `lanes` entries from `bit` on, the first the highest of the lowest bits; 1 for minus. No byte from `end` on is read.
-static inline uint32_t minus_signs(const uint8_t* signs, int64_t bit, const uint8_t* end) {
+// The signs of some blocks from `bit` on, from the highest bit of a word down; 1 for minus. No byte from `end` on is read.
+static inline uint64_t minus_signs(const uint8_t* signs, int64_t bit, const uint8_t* end) {
   const uint8_t* from = signs + bit / 8;
-  uint32_t word = 0;
-  if (from + 4 <= end) std::memcpy(&word, from, 4);
+  uint64_t word = 0;
+  if (from + 8 <= end) std::memcpy(&word, from, 8);
   else if (from < end) std::memcpy(&word, from, static_cast<size_t>(end - from));
-  return ~__builtin_bswap32(word) << (bit % 8) >> (32 - lanes);
+  return ~__builtin_bswap64(word) << (bit % 8);
 }
 
-// Weights of some rows and a run of blocks, into `to [rows, panel]`.
+// Weights of some rows and a run of blocks, a multiple of those taken together, into `to [rows, panel]`.
 template <int Rows>
 static void make_weights(const Coded& w, const float* right, int64_t row, const float* left, int64_t first, int64_t last, float* to) {
-  constexpr int together = 2;  // blocks: sums that do not wait for each other
+  static_assert(together * lanes + 7 <= 64, "a word holds the signs that are taken from it");
   const uint8_t* end = w.codes + w.code_bytes;
+  const int64_t step = w.rank * lanes;
   for (int64_t block = first; block < last; block += together) {
     Floats sums[together][Rows];
     for (int b = 0; b < together; ++b) for (int r = 0; r < Rows; ++r) sums[b][r] = zeros();
-    const float* from = right + block * w.rank * lanes;
-    const int64_t next = block + 1 < last ? w.rank * lanes : 0;  // a last block alone is made twice
-    for (int64_t k = 0; k < w.rank; ++k, from += lanes) {
-      const Floats here = load(from), there = load(from + next);
+    const float* from = right + block * step;
+    const float* factors = left;
+    for (int64_t k = 0; k < w.rank; ++k, from += lanes, factors += Rows) {
+      Floats there[together];
+#pragma GCC unroll 4
+      for (int b = 0; b < together; ++b) there[b] = load(from + b * step);
+#pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        const Floats factor = spread(left[r * w.rank + k]);
-        sums[0][r] = multiply_add(factor, here, sums[0][r]);
-        sums[1][r] = multiply_add(factor, there, sums[1][r]);
+        const Floats factor = spread(factors[r]);
+#pragma GCC unroll 4
+        for (int b = 0; b < together; ++b) sums[b][r] = multiply_add(factor, there[b], sums[b][r]);
       }
     }
-    for (int b = 0; b < together && block + b < last; ++b) {
-      for (int r = 0; r < Rows; ++r) {
-        const int64_t bit = (row + r) * w.columns + (block + b) * lanes;
-        store(to + (r * panel_blocks + block - first + b) * lanes, flip(sums[b][r], minus_signs(w.codes, bit, end)));
-      }
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      const uint64_t minus = minus_signs(w.codes, (row + r) * w.columns + block * lanes, end);
+      float* out = to + (r * panel_blocks + block - first) * lanes;
+#pragma GCC unroll 4
+      for (int b = 0; b < together; ++b) store(out + b * lanes, flip(sums[b][r], static_cast<uint32_t>(minus >> (64 - lanes * (b + 1)))));
     }
   }
 }
@@ -95,7 +101,8 @@ static void multiply_rows(const Product& product, const float* prepared, int64_t
   float* weights = scratch;
   float* sums = weights + Rows * panel_blocks * lanes;
   float* left = sums + Rows * vectors;
-  read_numbers(w.left, row * w.rank, w.number, Rows * w.rank, left);
+  read_numbers(w.left, row * w.rank, w.number, Rows * w.rank, left + Rows * w.rank);
+  for (int64_t k = 0; k < w.rank; ++k) for (int r = 0; r < Rows; ++r) left[k * Rows + r] = left[(Rows + r) * w.rank + k];
   for (int64_t i = 0; i < Rows * vectors; ++i) sums[i] = 0.0f;
   for (int64_t first = 0; first < blocks(w); first += panel_blocks) {
     const int64_t last = least(first + panel_blocks, blocks(w));

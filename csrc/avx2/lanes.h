@@ -137,31 +137,43 @@ static inline Floats field(Words word) {
   else return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(word, Bits * Index), _mm256_set1_epi32(static_cast<int>(mask))));
 }
 
-// A codebook of 4, 8 or 16 levels in registers.
+// A codebook of up to 32 levels in registers, one of fewer than lanes again and again; a larger one in the cache.
+template <int Bits>
 struct Book {
-  __m256 low, high;
+  static constexpr int parts = Bits <= 3 ? 1 : Bits <= 5 ? 1 << (Bits - 3) : 0;
+  __m256 levels[parts > 0 ? parts : 1];
+  const float* wide;
 };
 
 template <int Bits>
-static inline Book load_book(const float* levels) {
-  if constexpr (Bits == 4) return {load(levels), load(levels + 8)};
-  else if constexpr (Bits == 3) return {load(levels), load(levels)};
+static inline Book<Bits> load_book(const float* levels) {
+  Book<Bits> book{};
+  book.wide = levels;
+  float some[8];
+  for (int part = 0; part < Book<Bits>::parts; ++part) {
+    for (int i = 0; i < 8; ++i) some[i] = levels[part * 8 + i % (1 << Bits)];
+    book.levels[part] = load(some);
+  }
+  return book;
+}
+
+// Of `Parts` registers from the first on: three bits look up in one, and bit `Top` of a lane chooses between halves.
+template <int Parts, int Top>
+static inline __m256 look_up_parts(const __m256* levels, __m256i code, __m256i word) {
+  if constexpr (Parts == 1) return _mm256_permutevar8x32_ps(levels[0], code);
   else {
-    const __m256 both = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(levels));
-    return {both, both};
+    const __m256 low = look_up_parts<Parts / 2, Top - 1>(levels, code, word), high = look_up_parts<Parts / 2, Top - 1>(levels + Parts / 2, code, word);
+    const __m256i choice = Top == 31 ? word : _mm256_slli_epi32(word, 31 - Top);  // the sign chooses
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(choice));
   }
 }
 
 template <int Bits, int Index>
-static inline Floats look_up(Words word, const Book& book) {
+static inline Floats look_up(Words word, const Book<Bits>& book) {
   const __m256i code = Index == 0 ? word : _mm256_srli_epi32(word, Bits * Index);
-  if constexpr (Bits == 2) return _mm256_permutevar_ps(book.low, code);  // reads two bits
-  const __m256 low = _mm256_permutevar8x32_ps(book.low, code);           // reads three bits
-  if constexpr (Bits == 3) return low;
-  const __m256 high = _mm256_permutevar8x32_ps(book.high, code);
-  constexpr int up = 28 - Bits * Index;  // brings the code's top bit to the sign, which chooses
-  const __m256i choice = up == 0 ? word : up > 0 ? _mm256_slli_epi32(word, up > 0 ? up : 0) : word;
-  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(choice));
+  if constexpr (Bits <= 2) return _mm256_permutevar_ps(book.levels[0], code);  // reads two bits
+  else if constexpr (Bits <= 5) return look_up_parts<Book<Bits>::parts, Bits * Index + Bits - 1>(book.levels, code, word);  // reads three
+  else return _mm256_i32gather_ps(book.wide, _mm256_and_si256(code, _mm256_set1_epi32((1 << Bits) - 1)), 4);
 }
 
 }  // namespace FEWBITS_ISA

@@ -183,26 +183,44 @@ static inline Floats field(Words word) {
   return __builtin_convertvector(reinterpret_cast<Integers>(code), Floats);
 }
 
-// A codebook of 4, 8 or 16 levels in a register.
+// A codebook in registers; one of fewer levels than lanes again and again.
+template <int Bits>
 struct Book {
-  Floats levels;
+  static constexpr int parts = Bits <= 4 ? 1 : 1 << (Bits - 4);
+  Floats levels[parts];
 };
 
 template <int Bits>
-static inline Book load_book(const float* levels) {
-  Book book;
-  for (int i = 0; i < lanes; ++i) book.levels[i] = levels[i % (1 << Bits)];
+static inline Book<Bits> load_book(const float* levels) {
+  Book<Bits> book;
+  for (int part = 0; part < Book<Bits>::parts; ++part) for (int i = 0; i < lanes; ++i) book.levels[part][i] = levels[part * lanes + i % (1 << Bits)];
   return book;
 }
 
-template <int Bits, int Index>
-static inline Floats look_up(Words word, const Book& book) {
-  const Words code = Bits == 4 ? word >> (Bits * Index) : (word >> (Bits * Index)) & ((1u << Bits) - 1);
 #ifdef __AVX512BW__
-  return reinterpret_cast<Floats>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(code), reinterpret_cast<__m512>(book.levels)));
+// Of `Parts` registers from the first on: the lowest five bits of a code look up in two at once, each bit above chooses between halves.
+template <int Parts>
+static inline __m512 look_up_parts(const Floats* levels, __m512i code, const __mmask16* upper) {
+  if constexpr (Parts == 1) return _mm512_permutexvar_ps(code, reinterpret_cast<__m512>(levels[0]));
+  else if constexpr (Parts == 2) return _mm512_permutex2var_ps(reinterpret_cast<__m512>(levels[0]), code, reinterpret_cast<__m512>(levels[1]));
+  else {
+    constexpr int bit = Parts == 4 ? 0 : Parts == 8 ? 1 : 2;
+    return _mm512_mask_blend_ps(upper[bit], look_up_parts<Parts / 2>(levels, code, upper), look_up_parts<Parts / 2>(levels + Parts / 2, code, upper));
+  }
+}
+#endif
+
+template <int Bits, int Index>
+static inline Floats look_up(Words word, const Book<Bits>& book) {
+#ifdef __AVX512BW__
+  const __m512i code = reinterpret_cast<__m512i>(Bits < 4 ? (word >> (Bits * Index)) & ((1u << Bits) - 1) : word >> (Bits * Index));
+  __mmask16 upper[3] = {};
+  for (int bit = 5; bit < Bits; ++bit) upper[bit - 5] = _mm512_test_epi32_mask(code, _mm512_set1_epi32(1 << bit));
+  return reinterpret_cast<Floats>(look_up_parts<Book<Bits>::parts>(book.levels, code, upper));
 #else
+  const Words code = (word >> (Bits * Index)) & ((1u << Bits) - 1);
   Floats value;
-  for (int i = 0; i < lanes; ++i) value[i] = book.levels[code[i] & 15];
+  for (int i = 0; i < lanes; ++i) value[i] = book.levels[code[i] / lanes][code[i] % lanes];
   return value;
 #endif
 }

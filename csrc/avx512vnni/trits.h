@@ -42,38 +42,43 @@ static inline __m512i take_trit(const Trits& all) {
   return _mm512_and_si512(Place == 0 ? all.four : _mm512_srli_epi16(all.four, 2 * Place), _mm512_set1_epi8(3));
 }
 
-template <int Place, int Rows, int Vectors>
-static inline __attribute__((always_inline)) void add_products(const Trits* all, const uint8_t* digits, __m512i (*sum)[Vectors]) {
-  __m512i code[Rows];
-  for (int r = 0; r < Rows; ++r) code[r] = take_trit<Place>(all[r]);
-  for (int v = 0; v < Vectors; ++v) {
-    const __m512i input = _mm512_loadu_si512(digits + (Place * Vectors + v) * 64);
-    for (int r = 0; r < Rows; ++r) sum[r][v] = _mm512_dpbusd_epi32(sum[r][v], code[r], input);
-  }
-}
-
 // Sums of a block, lane by lane, in units of the inputs; `digits` lie [digit, trit, vector, 64], `starts` [vector, lanes].
 template <int Digits, int Rows, int Vectors>
 static inline __attribute__((always_inline)) void multiply_trits(const uint8_t* const* codes, const int32_t* bases, const uint8_t* order,
                                                                  const uint8_t* digits, const int32_t* starts, Floats (*found)[Vectors]) {
-  Trits all[Rows];
-  for (int r = 0; r < Rows; ++r) all[r] = read_trits(codes[r], bases, order);
-  __m512i sum[Digits][Rows][Vectors];
-  for (int digit = 0; digit < Digits; ++digit) {
-    for (int v = 0; v < Vectors; ++v) for (int r = 0; r < Rows; ++r) {
-      sum[digit][r][v] = digit == Digits - 1 ? _mm512_loadu_si512(starts + v * 16) : _mm512_setzero_si512();
-    }
-    const uint8_t* from = digits + digit * 5 * Vectors * 64;
-    add_products<0, Rows, Vectors>(all, from, sum[digit]);
-    add_products<1, Rows, Vectors>(all, from, sum[digit]);
-    add_products<2, Rows, Vectors>(all, from, sum[digit]);
-    add_products<3, Rows, Vectors>(all, from, sum[digit]);
-    add_products<4, Rows, Vectors>(all, from, sum[digit]);
+  // The digits' sums apart for one vector, so that one need not wait for another; of a tile there are sums enough.
+  constexpr bool apart = Vectors == 1;
+  __m512i code[5][Rows], sum[apart ? Digits : 1][Rows][Vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+    const Trits all = read_trits(codes[r], bases, order);
+    code[0][r] = take_trit<0>(all), code[1][r] = take_trit<1>(all), code[2][r] = take_trit<2>(all);
+    code[3][r] = take_trit<3>(all), code[4][r] = take_trit<4>(all);
   }
+#pragma GCC unroll 8
+  for (int digit = 0; digit < Digits; ++digit) {
+    const auto of = [&](int r, int v) -> __m512i& { return sum[apart ? digit : 0][r][v]; };
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) {
+      if (apart || digit == 0) of(r, v) = fixed::fresh_zero();
+      else of(r, v) = _mm512_slli_epi32(of(r, v), 8);
+      if (digit == Digits - 1) of(r, v) = _mm512_add_epi32(of(r, v), _mm512_loadu_si512(starts + v * 16));
+    }
+#pragma GCC unroll 8
+    for (int trit = 0; trit < 5; ++trit) {
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) {
+        const __m512i input = _mm512_loadu_si512(digits + ((digit * 5 + trit) * Vectors + v) * 64);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) of(r, v) = _mm512_dpbusd_epi32(of(r, v), code[trit][r], input);
+      }
+    }
+  }
+#pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
     for (int v = 0; v < Vectors; ++v) {
       __m512i whole = sum[0][r][v];
-      for (int digit = 1; digit < Digits; ++digit) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), sum[digit][r][v]);
+      for (int digit = 1; apart && digit < Digits; ++digit) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), sum[digit][r][v]);
       found[r][v] = fixed::converted(whole);
     }
   }

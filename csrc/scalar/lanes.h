@@ -66,17 +66,19 @@ static inline Floats field(Words word) {
   return __builtin_convertvector(reinterpret_cast<Integers>(code), Floats);
 }
 
+// Levels, as often as fill the lanes.
+template <int Bits>
 struct Book {
   const float* levels;
 };
 
 template <int Bits>
-static inline Book load_book(const float* levels) {
+static inline Book<Bits> load_book(const float* levels) {
   return {levels};
 }
 
 template <int Bits, int Index>
-static inline Floats look_up(Words word, const Book& book) {
+static inline Floats look_up(Words word, const Book<Bits>& book) {
   const Words code = (word >> (Bits * Index)) & ((1u << Bits) - 1);
   return Floats{book.levels[code[0]], book.levels[code[1]], book.levels[code[2]], book.levels[code[3]]};
 }

@@ -16,6 +16,7 @@ from fewbits.formats.minifloat import E2M1, E4M3, Minifloat
 from fewbits.formats.permutation import Permutation
 from fewbits.formats.sparse import Sparse
 from fewbits.formats.stepped import Stepped
+from fewbits.formats.ternary import Ternary
 from fewbits.formats.total import ColumnOffsets
 from fewbits.formats.uniform import Uniform
 
@@ -67,6 +68,7 @@ TERMS = {
     "nvfp4": lambda r, c: Minifloat.round_to_nearest(torch.randn(r, c), E2M1, block_size=GROUP, scale_format="e4m3"),
     "fp8": lambda r, c: Minifloat.round_to_nearest(torch.randn(r, c), E4M3),
     "binary": lambda r, c: Binary.from_signs(torch.randn(r, c), numbers(r, c), numbers(r, c), group_size=GROUP),
+    "ternary": lambda r, c: Ternary.from_signs(torch.randint(-1, 2, (r, c)), numbers(r, c), group_size=GROUP),
     "signs alone": lambda r, c: Binary.from_signs(torch.randn(r, c)),
     "dense": lambda r, c: Dense(torch.randn(r, c).bfloat16()),
     "sparse": sparse,

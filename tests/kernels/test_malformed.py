@@ -49,6 +49,9 @@ TERMS: dict[str, Callable[[], Term]] = {
     "uniform": lambda: Uniform.from_codes(_codes(4, ROWS, COLUMNS), _sample(ROWS, 3).half(), _codes(4, ROWS, 3), bits=4, group_size=32),
     "two levels": _two_level,
     "codebook": lambda: Codebook.from_codes(_codes(3, ROWS, COLUMNS), _sample(ROWS, 1, 8).half(), None, bits=3),
+    "runs of rows": lambda: Codebook.from_codes(
+        _codes(5, ROWS, COLUMNS), _sample(3, 1, 32).half(), _sample(3, 3), bits=5, group_size=32, row_ends=(2, 9, ROWS)
+    ),
     "minifloat": lambda: Minifloat.round_to_nearest(_sample(ROWS, COLUMNS), E2M1, block_size=16, scale_format="e4m3"),
     "signs": lambda: Binary.from_signs(_sample(ROWS, COLUMNS) - 0.6, _sample(ROWS, 6), _sample(ROWS, 6), group_size=16),
     "ternary": lambda: Ternary.from_signs(_codes(1, ROWS, COLUMNS), _sample(ROWS, 3), group_size=32),

@@ -12,7 +12,7 @@ from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
 from fewbits.formats.coded import Coded, describe_numbers, taken_rows
 from fewbits.formats.packing import pack, unpack
-from fewbits.kernels.layout import ABSENT, Description, coded
+from fewbits.kernels.layout import ABSENT, Description, coded, in_runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +69,8 @@ class Codebook(Coded, kind="codebook"):
         return self.rows, self.columns
 
     def described(self) -> Description | None:
-        levels, scales = describe_numbers(self.levels.flatten(1)), describe_numbers(self.scales)
-        if self.bits_per_code > 8 or levels is None or scales is None or self.row_ends:  # kernels know no runs of rows
+        levels, scales = self._describe(self.levels.flatten(1)), self._describe(self.scales)
+        if self.bits_per_code > 8 or levels is None or scales is None:
             return None
         return coded((self.rows, self.columns, self.bits_per_code, self.group_size), self.codes, levels, scales, ABSENT)
 
@@ -106,6 +106,13 @@ class Codebook(Coded, kind="codebook"):
         levels = cast(Tensor, taken_rows(self.levels, self._places(len(self.levels))[rows]))
         scales = None if self.scales is None else taken_rows(self.scales, self._places(self.scales.shape[0])[rows])
         return Codebook(self.codes.index_select(0, rows), levels, scales, len(rows), self.columns, self.bits_per_code, self.group_size)
+
+    def _describe(self, stored: Tensor | Term | None) -> Description | None:
+        """Levels or scales: of all rows, of each or of each run."""
+        found = describe_numbers(stored)
+        if found is None or stored is None or stored.shape[0] == 1 or stored.shape[0] != len(self.row_ends):
+            return found
+        return in_runs(found, self.row_ends)
 
     def _places(self, count: int) -> Tensor:
         """int64 `[rows]`: which of `count` rows of levels or scales each row has."""

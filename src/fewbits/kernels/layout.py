@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewbits.kernels.native import number
 
-_NONE, _DENSE, _PACKED, _CODED, _TABLE, _SIGNS = range(6)
+_NONE, _DENSE, _PACKED, _CODED, _TABLE, _SIGNS, _RUNS = range(7)
 _PLAIN, _SPARSE, _VECTORS, _SIGNED = 1, 2, 3, 4  # forms of other matrices, whose width is given as 0 bits
 BASE_THREE = 9  # in the place of a width: codes of three values for -1, 0 and 1, five to a byte, the first one the lowest digit
 _UNITS = (4, 8, 16)  # numbers of a codeword that kernels know
@@ -31,6 +31,13 @@ def dense(values: Tensor) -> Description | None:
     """Numbers `[rows, columns]`; None where kernels do not read their dtype."""
     kind = number(values.dtype)
     return None if kind is None else Description((values,), (_DENSE, values.shape[0], values.shape[1], kind))
+
+
+def in_runs(values: Description, ends: tuple[int, ...]) -> Description | None:
+    """Numbers that each run of neighbouring rows, which end at `ends`, has for itself; None for other scales than numbers."""
+    if values.layout[0] != _DENSE:
+        return None
+    return Description(values.tensors, (_RUNS, len(ends), *ends, *values.layout[2:]))
 
 
 def packed(codes: Tensor, columns: int) -> Description:

@@ -1,0 +1,87 @@
+"""Codebooks of every width, for all rows, for each, and for runs of rows: every instruction set against the torch definition in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fewbits.formats.codebook import Codebook
+from fewbits.formats.uniform import Uniform
+from fewbits.kernels import dispatch, native
+
+LIMIT = 1e-6  # of the sum of |input| times the largest |weight| of the row: what sums of float32 products may be off by
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+
+
+def codebook(bits: int, shape: tuple[int, int], ends: tuple[int, ...] = (), *, books: int = 1, group_size=None, scales=None) -> Codebook:
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(2**bits, shape, generator=generator)
+    levels = torch.randn(books, 1, 2**bits, generator=generator).half()
+    return Codebook.from_codes(codes, levels, scales, bits=bits, group_size=group_size, row_ends=ends)
+
+
+def assert_agrees(term: Codebook, inputs: Tensor) -> None:
+    before = dispatch.counts["multiply"]
+    found = term.matmul(inputs)
+    assert dispatch.counts["multiply"] == before + 1
+    weight = term.define(torch.float64)
+    limit = LIMIT * inputs.double().abs().sum(-1, keepdim=True) * weight.abs().amax(1) + 1e-30
+    assert bool(((found.double() - inputs.double() @ weight.T).abs() <= limit).all())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width_every_code_and_every_place_in_a_lane(isa, bits):
+    columns = 2**bits + 70
+    codes = (torch.arange(9)[:, None] * 37 + torch.arange(columns)) % 2**bits
+    levels = torch.randn(9, 1, 2**bits, generator=torch.Generator().manual_seed(bits))
+    for books in (levels, levels[:1]):
+        term = Codebook.from_codes(codes, books, None, bits=bits)
+        found = torch.cat([term.matmul(some) for some in torch.eye(columns).split(32)])
+        assert torch.equal(found.T, term.define()) and torch.equal(term.decode(), term.define())
+        for vectors in (1, 3, 8):
+            assert_agrees(term, torch.randn(vectors, columns, generator=torch.Generator().manual_seed(vectors)))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    bits=st.integers(1, 8),
+    ends=st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    columns=st.integers(1, 300),
+    of=st.sampled_from(["levels", "scales", "both"]),
+    group_size=st.sampled_from([None, 8, 30, 64]),
+    vectors=st.integers(1, 9),
+)
+def test_runs_of_rows_agree(bits, ends, columns, of, group_size, vectors):
+    ends = tuple(sorted(ends))
+    rows, groups = max(ends[-1], 1), -(-columns // (group_size or columns))
+    ends = (*ends[:-1], rows)
+    generator = torch.Generator().manual_seed(columns)
+    scales = None if of == "levels" else torch.rand(len(ends), groups, generator=generator).half() + 0.1
+    term = codebook(bits, (rows, columns), ends, books=1 if of == "scales" else len(ends), group_size=group_size, scales=scales)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in native.available():
+            patch.setenv("FEWBITS_FORCE_ISA", name)
+            assert torch.equal(term.decode(), term.define())
+            assert_agrees(term, torch.randn(vectors, columns, generator=generator))
+
+
+def test_runs_of_rows_by_hand(isa):
+    codes = torch.tensor([[0, 1], [1, 0], [0, 0], [1, 1]])
+    term = Codebook.from_codes(codes, torch.tensor([[[1.0, 2.0]], [[5.0, 7.0]], [[-1.0, -3.0]]]), None, bits=1, row_ends=(1, 1, 4))
+    assert term.matmul(torch.ones(1, 2)).tolist() == [[3.0, -4.0, -2.0, -6.0]]  # the second run has no row
+
+
+def test_runs_whose_scales_are_codes_take_the_definition(isa):
+    scales = Uniform.from_codes(torch.tensor([[3], [9]]), torch.ones(2, 1).half(), None, bits=4)
+    term, inputs = codebook(3, (6, 20), (2, 6), books=2, scales=scales), torch.randn(2, 20, generator=torch.Generator().manual_seed(0))
+    assert term.described() is None and torch.equal(term.matmul(inputs), inputs @ term.define().T)
+
+
+@pytest.mark.parametrize("ends", [(3, 2, 6), (2, 5), (2, 7), (-1, 6)])
+def test_runs_that_do_not_cut_the_rows_are_refused(isa, ends):
+    right = codebook(3, (6, 20), (1, 6) if len(ends) == 2 else (1, 1, 6), books=len(ends)).described()
+    assert right.layout[4:6] == (6, len(ends))
+    layout = (*right.layout[:6], *ends, *right.layout[6 + len(ends) :])
+    with pytest.raises(ValueError, match=r"a size in a layout is out of range|runs of rows do not end with the last row"):
+        native.multiply(isa, right.tensors, layout, torch.ones(1, 20))
