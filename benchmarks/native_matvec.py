@@ -6,7 +6,7 @@
 A sample is one product between two read-only passes over as many bytes as its weights have; candidates take turns, and weights are
 drawn anew from copies that the last-level cache cannot hold. A sample is dropped where a thread waited for a core in it, or where the
 two passes differ by 40 %. Uniform grids in groups of 128 with fp16 scales and packed zero points; codebooks of 16 levels with scales
-in groups of 64, and one for each row. Medians and quartiles of what is left; all ratios are of neighbouring samples.
+in groups of 64, and one for each row; ternary codes in groups of 128. Medians and quartiles of what is left; all ratios are of neighbouring samples.
 `--first-in-line` asks the system to run the timed moments before other programs' (Linux, as root), on a machine that is shared.
 """
 
@@ -17,18 +17,23 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-from fewbits.core.tensor import CompressedTensor, Term
+from fewbits.core.errors import InputError
+from fewbits.core.tensor import CompressedTensor, Term, Transform
 from fewbits.formats.additive import Additive
 from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook, normal_float_levels
 from fewbits.formats.dense import Dense
 from fewbits.formats.lowrank import LowRank
+from fewbits.formats.permutation import PackedPermutation
+from fewbits.formats.rotation import Hadamard
+from fewbits.formats.signed_product import SignedProduct
 from fewbits.formats.sparse import Sparse
+from fewbits.formats.ternary import Ternary
 from fewbits.formats.transposed import Transposed
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
@@ -49,6 +54,21 @@ def random_term(rows: int, columns: int, bits: int) -> Uniform:
     groups = columns // GROUP
     codes, zeros = some_codes(rows, columns * bits // 8), some_codes(rows, -(-groups * bits // 8))
     return Uniform(codes, torch.rand(rows, groups).half(), zeros, rows, columns, bits, GROUP)
+
+
+def wide_codebook(rows: int, columns: int, bits: int, ends: tuple[int, ...] = ()) -> Codebook:
+    """Codes of any width, one codebook for all rows or one for each run of them."""
+    scales = None if ends else torch.rand(rows, columns // 64).half()
+    levels = torch.randn(max(1, len(ends)), 1, 2**bits).half()
+    return Codebook(some_codes(rows, columns * bits // 8), levels, scales, rows, columns, bits, columns if ends else 64, ends)
+
+
+def random_ternary(rows: int, columns: int) -> Ternary:
+    return Ternary(some_codes(rows, -(-columns // 5)) % 243, torch.rand(rows, -(-columns // GROUP)).half(), rows, columns, GROUP)
+
+
+def random_factors(rows: int, columns: int) -> SignedProduct:
+    return SignedProduct(some_codes(rows * columns // 8), torch.randn(rows, 16).half(), torch.randn(16, columns).half())
 
 
 def random_codebook(rows: int, columns: int, each_row: bool) -> Codebook:
@@ -123,6 +143,12 @@ def candidates(rows: int, columns: int) -> dict[str, list[tuple[int, Product]]]:
     terms["codewords 2x8"] = of(lambda: random_codewords(rows, columns, 2, 8), 2)
     terms["codewords 1x16"] = of(lambda: random_codewords(rows, columns, 1, 16), 2)
     terms["codewords 1x12, down columns"] = of(lambda: Transposed(random_codewords(columns, rows, 1, 12)), 2)
+    terms["ternary"] = of(lambda: random_ternary(rows, columns), 2)
+    terms["signs times rank 16"] = of(lambda: random_factors(rows, columns), 1)
+    terms |= {f"codebook {bits} bit": of(lambda bits=bits: wide_codebook(rows, columns, bits), bits) for bits in (5, 6, 8)}
+    terms["codebook 4 bit, one a run of rows"] = of(
+        lambda: wide_codebook(rows, columns, 4, tuple(range(rows // 8, rows + 1, rows // 8))), 4
+    )
     for name, copies in terms.items():
         copies[:] = [settled(term) for term in copies]
         found[name] = [(sum(tensor.nbytes for tensor in term.tensors().values()), term.matmul) for term in copies]
@@ -131,6 +157,17 @@ def candidates(rows: int, columns: int) -> dict[str, list[tuple[int, Product]]]:
     for name, added in (("and 0.5 % sparse", few), ("and rank 32", thin)):
         sums = [CompressedTensor((term, added)) for term in terms["uniform 4 bit"]]
         found[f"uniform 4 bit {name}"] = [(sum(tensor.nbytes for tensor in one.tensors().values()), one.matmul) for one in sums]
+    for name, transform in transforms(columns).items():
+        turned = [CompressedTensor((term,), (transform,)) for term in terms["uniform 4 bit"]]
+        found[f"uniform 4 bit, {name}"] = [(sum(tensor.nbytes for tensor in one.tensors().values()), one.matmul) for one in turned]
+    return found
+
+
+def transforms(columns: int) -> dict[str, Transform]:
+    """Of the input: another order, and a rotation where there is one of the size."""
+    found: dict[str, Transform] = {"inputs in another order": PackedPermutation.from_order(torch.randperm(columns))}
+    with suppress(InputError):  # 11008 is no power of two times 1, 12, 20 or 28
+        found["inputs rotated"] = Hadamard.random(columns, torch.Generator().manual_seed(0))
     return found
 
 
