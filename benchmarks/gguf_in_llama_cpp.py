@@ -105,8 +105,8 @@ def importance_matrix(source, calibration) -> dict:
     """Mean square of every input of the blocks' linears, by the tensor's name in a GGUF file."""
     import torch
 
-    from fewbits.export.gguf.architecture import ARCHITECTURES
     from fewbits.models.adapter import Adapter
+    from fewbits.models.gguf.architecture import ARCHITECTURES
     from fewbits.statistics.moments import Moments
 
     model = source.load()

@@ -14,12 +14,13 @@ import fewbits
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import CompressedTensor
 from fewbits.export.checkpoint import read_layers
-from fewbits.export.gguf.file import GgufFile
-from fewbits.export.gguf.model import read_dense, tensors_of
+from fewbits.export.gguf.tensors import tensors_of
 from fewbits.export.run import export
 from fewbits.export.targets.gguf import Gguf
 from fewbits.formats.block_grid import GRIDS
 from fewbits.layers.linear import StoredLinear
+from fewbits.models.gguf.file import GgufFile
+from fewbits.models.gguf.tensors import GgufTensors
 from fewbits.models.source import open_model
 from fewbits.solvers.block_levels import round_to_blocks
 
@@ -143,7 +144,7 @@ def test_the_embedding_is_made_smaller_only_on_request(saved, compressed, tmp_pa
     for kind in ("same", "float16", "q8_0", "q6_k"):
         file = tmp_path / f"{kind}.gguf"
         export(small, Gguf(embedding=kind), file)
-        lost[kind] = float((dict(read_dense(GgufFile(file)))["model.embed_tokens.weight"].float() - ours).norm() / ours.norm())
+        lost[kind] = float((GgufTensors(GgufFile(file)).values("model.embed_tokens.weight").float() - ours).norm() / ours.norm())
     assert lost["same"] == 0 and lost["float16"] < 1e-3 < lost["q8_0"] < 0.01 < lost["q6_k"] < 0.03
 
 

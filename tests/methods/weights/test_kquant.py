@@ -10,12 +10,12 @@ from gguf.quants import dequantize
 
 from fewbits.core.errors import InputError
 from fewbits.core.method import Statistics
-from fewbits.export.gguf.terms import held
 from fewbits.formats.block_grid import GRIDS
 from fewbits.layers.linear import StoredLinear
 from fewbits.methods.weights import kquant
 from fewbits.methods.weights.kquant import Kquant
 from fewbits.methods.weights.rtn import Rtn
+from fewbits.models.gguf.terms import held
 from fewbits.solvers.block_levels import round_to_blocks
 from fewbits.solvers.error_feedback import factorize
 from fewbits.statistics.hessian import Hessian

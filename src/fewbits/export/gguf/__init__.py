@@ -1,1 +1,1 @@
-"""What GGUF files hold: blocks of codes, the names of tensors and settings, and the tokenizer."""
+"""How a compressed model becomes a GGUF file; what such files hold, and how they are read, is in models/gguf."""

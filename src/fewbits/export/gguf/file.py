@@ -1,35 +1,23 @@
-"""GGUF files: written tensor by tensor in two passes, and read; the container itself is the package gguf's."""
+"""GGUF files that are written, tensor by tensor in two passes; the container itself is the package gguf's."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from fewbits.core.errors import InputError
-from fewbits.export.gguf.architecture import Setting
-from fewbits.export.gguf.terms import Blocks
-from fewbits.export.gguf.tokenizer import Vocabulary
+from fewbits.models.gguf.architecture import Setting
+from fewbits.models.gguf.file import package
+from fewbits.models.gguf.terms import Blocks
+from fewbits.models.gguf.vocabulary import Vocabulary
 
 Tensors = Callable[[], Iterable[tuple[str, Blocks]]]  # every tensor of the file by its name, in the same order each time
 
 _FILE_TYPES = {0: 0, 1: 1, 2: 2, 3: 3, 6: 8, 7: 9, 8: 7, 10: 10, 11: 12, 12: 14, 13: 16, 14: 18, 30: 32}  # by the type of most weights
-
-
-def package() -> ModuleType:
-    """Raises InputError where the package gguf is not installed."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise InputError("GGUF files need the package gguf; pip install 'fewbits[gguf]' would be right") from error
-    return gguf
 
 
 def write_file(path: Path, settings: Mapping[str, Setting], vocabulary: Vocabulary | None, tensors: Tensors) -> None:
@@ -82,38 +70,3 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
         writer.add_bool(f"tokenizer.ggml.add_{name}_token", adds)
     if vocabulary.template is not None:
         writer.add_chat_template(vocabulary.template)
-
-
-@dataclass(frozen=True)
-class GgufFile:
-    """A file that is read: its settings by their full names (arrays are left out), and its tensors, mapped into memory."""
-
-    path: Path
-
-    @cached_property
-    def settings(self) -> dict[str, Setting]:
-        fields = self._reader.fields.items()
-        return {name: field.contents() for name, field in fields if len(field.types) == 1}
-
-    def tensors(self) -> Iterator[tuple[str, Blocks]]:
-        """Every tensor by its name, in the file's order; the data are the file's own bytes."""
-        for tensor in self._reader.tensors:
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            data = torch.from_numpy(np.array(tensor.data)).contiguous().view(torch.uint8)
-            yield tensor.name, Blocks(int(tensor.tensor_type), data if data.ndim > 1 else data[None], shape)
-
-    @cached_property
-    def _reader(self) -> Any:
-        gguf = package()
-        try:
-            return gguf.GGUFReader(self.path)
-        except (OSError, ValueError, IndexError, KeyError) as error:
-            raise InputError(f"{self.path} cannot be read as GGUF ({error}); it may be cut short: copy it again") from error
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether `path` is a file that begins as GGUF files do."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4) == b"GGUF"

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from fewbits.core.errors import InputError
+from fewbits.models.gguf.vocabulary import CONTROL, CUTS, NORMAL, SPECIAL, UNUSED, USER_DEFINED, WHOLE_TOKENS_FIRST, Vocabulary
 
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CUTS = {  # the pattern of a tokenizer that splits before its bytes are mapped, to llama.cpp's name for it
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
-}
-_WHOLE_TOKENS_FIRST = {"llama-bpe"}  # where llama.cpp takes a piece that is a token without merging
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """A byte-level BPE. `ids` are those of special tokens by llama.cpp's name, `adds` whether it puts them around every text."""
-
-    tokens: list[str]
-    types: list[int]
-    merges: list[str]
-    cut: str
-    ids: dict[str, int]
-    adds: dict[str, bool]
-    template: str | None = None  # of a chat
+_NAMES = {pattern: name for name, pattern in CUTS.items()}
 
 
 def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
@@ -41,12 +22,11 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         kind = "SentencePiece" if model.get("byte_fallback") else model["type"]
         raise InputError(f"the tokenizer is of the type {kind}, and GGUF is written for byte-level BPE")
     cut = _cut(described)
-    if bool(model.get("ignore_merges")) != (cut in _WHOLE_TOKENS_FIRST):
+    if bool(model.get("ignore_merges")) != (cut in WHOLE_TOKENS_FIRST):
         raise InputError(f"the tokenizer's ignore_merges={model.get('ignore_merges')} is not what llama.cpp does for {cut!r}")
     tokens, types = _tokens(described, size)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-    ids = {name: getattr(tokenizer, f"{ours}_token_id") for name, ours in names.items()}
+    ids = {name: getattr(tokenizer, f"{ours}_token_id") for name, ours in SPECIAL.items()}
     return Vocabulary(
         tokens, types, merges, cut, {name: one for name, one in ids.items() if one is not None}, _adds(tokenizer), tokenizer.chat_template
     )
@@ -54,12 +34,12 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
 
 def _tokens(described: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
     """Text and type of every token by its number."""
-    found = {number: (text, _NORMAL) for text, number in described["model"]["vocab"].items()}
+    found = {number: (text, NORMAL) for text, number in described["model"]["vocab"].items()}
     for added in described["added_tokens"]:
-        found[added["id"]] = (added["content"], _CONTROL if added["special"] else _USER_DEFINED)
+        found[added["id"]] = (added["content"], CONTROL if added["special"] else USER_DEFINED)
     if (most := max(found, default=-1)) >= size:
         raise InputError(f"the tokenizer has a token {most}, and the model's embedding {size} rows")
-    filled = [found.get(number, (f"[PAD{number}]", _UNUSED)) for number in range(size)]
+    filled = [found.get(number, (f"[PAD{number}]", UNUSED)) for number in range(size)]
     return [text for text, _ in filled], [kind for _, kind in filled]
 
 
@@ -74,7 +54,7 @@ def _cut(described: dict[str, Any]) -> str:
     elif kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and steps[1]["use_regex"]:
         name = "smollm"
     elif kinds == ["Split", "ByteLevel"] and not steps[1]["use_regex"] and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
-        name = _CUTS.get(steps[0]["pattern"].get("Regex", ""))
+        name = _NAMES.get(steps[0]["pattern"].get("Regex", ""))
     # llama.cpp normalizes nothing; of Qwen2's NFC it is known, and text is nearly always in that form.
     normalizer = (described["normalizer"] or {}).get("type")
     if (

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from fewbits.core.tensor import CompressedTensor
 from fewbits.export.contents import Contents
-from fewbits.export.gguf.architecture import ARCHITECTURES, Setting
-from fewbits.export.gguf.file import GgufFile, is_gguf, package, write_file
-from fewbits.export.gguf.model import read_layers, tensors_of, values_of
-from fewbits.export.gguf.terms import Blocks, held
+from fewbits.export.gguf.file import write_file
+from fewbits.export.gguf.tensors import tensors_of
 from fewbits.export.gguf.tokenizer import read_vocabulary
 from fewbits.export.target import Target
 from fewbits.formats.block_grid import get_grid
 from fewbits.layers.linear import StoredLinear
+from fewbits.models.gguf.architecture import ARCHITECTURES, Setting
+from fewbits.models.gguf.file import GgufFile, is_gguf, package
+from fewbits.models.gguf.tensors import GgufTensors, values_of
+from fewbits.models.gguf.terms import Blocks, held
 from fewbits.solvers.block_levels import round_to_blocks
 
 
@@ -78,4 +80,4 @@ class Gguf(Target):
         return is_gguf(path)
 
     def read(self, path: Path) -> Iterator[tuple[str, StoredLinear]]:
-        yield from read_layers(GgufFile(path))
+        yield from GgufTensors(GgufFile(path)).layers()

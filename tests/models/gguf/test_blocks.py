@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.core.errors import InputError
-from fewbits.export.gguf.blocks import TYPES
+from fewbits.models.gguf.blocks import TYPES
 
 GOLDEN = {
     "q4_0": "003e60b5a43d606dd4e893e8d760c3900a1b",

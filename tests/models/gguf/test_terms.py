@@ -8,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fewbits.core.tensor import CompressedTensor
-from fewbits.export.gguf.blocks import TYPES
-from fewbits.export.gguf.terms import held, plain, read_term
 from fewbits.formats.block_grid import GRIDS
 from fewbits.formats.dense import Dense
 from fewbits.formats.lowrank import LowRank
@@ -17,6 +15,8 @@ from fewbits.formats.permutation import Permutation
 from fewbits.formats.stepped import Stepped
 from fewbits.formats.uniform import Uniform
 from fewbits.layers.linear import StoredLinear
+from fewbits.models.gguf.blocks import TYPES
+from fewbits.models.gguf.terms import held, plain, read_term
 from fewbits.solvers.block_levels import round_to_blocks
 
 BY_NUMBER = {kind.number: kind for kind in TYPES.values()}

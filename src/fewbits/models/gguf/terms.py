@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fewbits.core.tensor import Term
-from fewbits.export.gguf.blocks import TYPES, BlockType
 from fewbits.formats.block_grid import BlockGrid
 from fewbits.formats.stepped import Stepped
 from fewbits.formats.uniform import Uniform
 from fewbits.layers.linear import StoredLinear
+from fewbits.models.gguf.blocks import TYPES, BlockType
 
 PLAIN = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}  # types of numbers as they are, by their number in the file
 
