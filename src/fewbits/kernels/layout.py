@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fewbits.kernels.native import number
 
-_NONE, _DENSE, _PACKED, _CODED, _TABLE, _SIGNS, _RUNS = range(7)
-_PLAIN, _SPARSE, _VECTORS, _SIGNED = 1, 2, 3, 4  # forms of other matrices, whose width is given as 0 bits
+NONE, DENSE, PACKED, CODED, TABLE, SIGNS, RUNS = range(7)
+PLAIN, SPARSE, VECTORS, SIGNED = 1, 2, 3, 4  # forms of other matrices, whose width is given as 0 bits
 BASE_THREE = 9  # in the place of a width: codes of three values for -1, 0 and 1, five to a byte, the first one the lowest digit
 _UNITS = (4, 8, 16)  # numbers of a codeword that kernels know
 
@@ -30,40 +30,40 @@ class Description:
 def dense(values: Tensor) -> Description | None:
     """Numbers `[rows, columns]`; None where kernels do not read their dtype."""
     kind = number(values.dtype)
-    return None if kind is None else Description((values,), (_DENSE, values.shape[0], values.shape[1], kind))
+    return None if kind is None else Description((values,), (DENSE, values.shape[0], values.shape[1], kind))
 
 
 def in_runs(values: Description, ends: tuple[int, ...]) -> Description | None:
     """Numbers that each run of neighbouring rows, which end at `ends`, has for itself; None for other scales than numbers."""
-    if values.layout[0] != _DENSE:
+    if values.layout[0] != DENSE:
         return None
-    return Description(values.tensors, (_RUNS, len(ends), *ends, *values.layout[2:]))
+    return Description(values.tensors, (RUNS, len(ends), *ends, *values.layout[2:]))
 
 
 def packed(codes: Tensor, columns: int) -> Description:
     """Unsigned integers `[rows, columns]`, packed at the width of the codes of the matrix that they belong to."""
-    return Description((codes,), (_PACKED, codes.shape[0], columns, 0))
+    return Description((codes,), (PACKED, codes.shape[0], columns, 0))
 
 
 def table(codes: Tensor, values: Tensor) -> Description:
     """uint8 `[rows, columns]`, each the place of its value among 256 float32."""
-    return Description((codes, values), (_TABLE, codes.shape[0], codes.shape[1], 0))
+    return Description((codes, values), (TABLE, codes.shape[0], codes.shape[1], 0))
 
 
 def nested(matrix: Description) -> Description:
     """Scales or zero points that are a matrix of codes themselves."""
-    return Description(matrix.tensors, (_CODED, *matrix.layout))
+    return Description(matrix.tensors, (CODED, *matrix.layout))
 
 
-ABSENT = Description((), (_NONE,))
+ABSENT = Description((), (NONE,))
 
 
 def signs(offsets: Tensor | None) -> Description | None:
     """In the place of zero points: codes of one bit are -1 and 1, and offsets are added to what they are scaled to."""
     if offsets is None:
-        return Description((), (_SIGNS, 0))
+        return Description((), (SIGNS, 0))
     found = dense(offsets)
-    return None if found is None else Description(found.tensors, (_SIGNS, 1, *found.layout[1:]))
+    return None if found is None else Description(found.tensors, (SIGNS, 1, *found.layout[1:]))
 
 
 def coded(sizes: tuple[int, int, int, int], codes: Tensor, levels: Description, scales: Description, zeros: Description) -> Description:
@@ -76,13 +76,13 @@ def coded(sizes: tuple[int, int, int, int], codes: Tensor, levels: Description, 
 def plain(values: Tensor) -> Description | None:
     """A matrix of numbers as they are; None where kernels do not read their dtype."""
     kind = number(values.dtype)
-    return None if kind is None else Description((values,), (*values.shape, 0, _PLAIN, kind))
+    return None if kind is None else Description((values,), (*values.shape, 0, PLAIN, kind))
 
 
 def sparse(values: Tensor, indices: Tensor, pointers: Tensor, columns: int) -> Description | None:
     """Compressed sparse rows: indices int16 or int32, pointers int32; None where kernels do not read the dtype of the values."""
     kind = number(values.dtype)
-    sizes = (pointers.numel() - 1, columns, 0, _SPARSE)
+    sizes = (pointers.numel() - 1, columns, 0, SPARSE)
     return None if kind is None else Description((values, indices, pointers), (*sizes, kind, indices.element_size(), values.numel()))
 
 
@@ -96,7 +96,7 @@ def vectors(codes: Tensor, books: Tensor, scales: Tensor | None, shape: tuple[in
     if kind is None or scaled is None or unit not in _UNITS or width > 16:
         return None
     return Description(
-        (codes, books, *scaled.tensors), (*shape, 0, _VECTORS, kind, unit, count, width, entries, int(transposed), *scaled.layout)
+        (codes, books, *scaled.tensors), (*shape, 0, VECTORS, kind, unit, count, width, entries, int(transposed), *scaled.layout)
     )
 
 
@@ -105,7 +105,7 @@ def signed_product(bits: Tensor, left: Tensor, right: Tensor) -> Description | N
     matrix, 1 for plus, the first the highest of its byte. None where kernels do not read the dtype of the factors.
     """
     kind = number(left.dtype)
-    sizes = (left.shape[0], right.shape[1], 0, _SIGNED)
+    sizes = (left.shape[0], right.shape[1], 0, SIGNED)
     return None if kind is None or left.dtype != right.dtype else Description((bits, left, right), (*sizes, kind, left.shape[1]))
 
 
@@ -116,9 +116,9 @@ def has_codes(matrix: Description) -> bool:
 
 def entries(matrix: Description) -> int:
     """How many numbers a matrix stores: those of compressed sparse rows, or all."""
-    return matrix.layout[-1] if matrix.layout[2:4] == (0, _SPARSE) else matrix.layout[0] * matrix.layout[1]
+    return matrix.layout[-1] if matrix.layout[2:4] == (0, SPARSE) else matrix.layout[0] * matrix.layout[1]
 
 
 def is_signed_product(matrix: Description) -> bool:
     """Whether a matrix is one that `signed_product` describes."""
-    return matrix.layout[2:4] == (0, _SIGNED)
+    return matrix.layout[2:4] == (0, SIGNED)
