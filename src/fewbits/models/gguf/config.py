@@ -41,7 +41,9 @@ def config_of(held: GgufTensors) -> PretrainedConfig:
         raise InputError(f"{path} does not say its {kind}.{missing[0]}, from which its model is built; another file would be right")
     values: dict[str, Any] = {ours: settings[name] for ours, name in names.items()}
     values |= {"vocab_size": held.file.shapes["token_embd.weight"][0], "tie_word_embeddings": "output.weight" not in held.file.shapes}
-    values |= {f"{ours}_token_id": held.file.settings.get(f"tokenizer.ggml.{name}_token_id") for name, ours in SPECIAL.items()}
+    values |= {
+        f"{ours}_token_id": held.file.settings.get(f"tokenizer.ggml.{name}_token_id") for name, ours in SPECIAL.items() if ours != "unk"
+    }
     if kind != "gpt2":
         values |= _attention(held, values)
     return AutoConfig.for_model(kind, **values, architectures=[_CLASSES[kind]])
