@@ -1,5 +1,7 @@
 """Layers as nodes: what onnxruntime computes with them, and what is read back."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -62,6 +64,11 @@ def layers():
     return found | {f"rotated{place}": StoredLinear(weight(uniform(4, 32), before=(one,))) for place, one in enumerate(rotations)}
 
 
+def real_zeros(bits, size):
+    one = uniform(bits, size)
+    return replace(one, zero_points=torch.rand(one.scales.shape, generator=DRAW).half() * 7)
+
+
 class Many(nn.Module):
     """All layers on one input."""
 
@@ -84,9 +91,10 @@ def written(layers, operator, folder):
     return onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", ["matmul_nbits", "qdq"])
 def test_nodes_compute_what_the_layer_does_and_read_back_as_it(operator, tmp_path):
-    every = layers()
+    every = layers() | ({"real": StoredLinear(weight(real_zeros(4, 32)))} if operator == "matmul_nbits" else {})
     assert all(refuses(stored, operator) is None for stored in every.values())
     opened = written(every, operator, tmp_path)
     inputs = torch.randn(5, 3, COLUMNS, generator=torch.Generator().manual_seed(1))
@@ -109,6 +117,8 @@ def test_nodes_compute_what_the_layer_does_and_read_back_as_it(operator, tmp_pat
         (lambda: weight(uniform(3, 32)), "codes have 3 bits, where MatMulNBits has 2, 4 and 8", "where DequantizeLinear has 4 and 8"),
         (lambda: weight(uniform(2, 32)), None, "its codes have 2 bits"),
         (lambda: weight(uniform(4, 24)), "groups of 24 inputs are no multiple of 16", None),
+        (lambda: weight(real_zeros(4, 32)), None, "its zero points are no whole numbers among the codes"),
+        (lambda: weight(real_zeros(8, 32)), "which MatMulNBits has beside codes of 2 and 4 bits alone", "its zero points are no whole"),
         (lambda: weight(Ternary.from_signs(torch.ones(4, 32, dtype=torch.int8), None)), None, "its codes have 2 bits"),
     ],
 )

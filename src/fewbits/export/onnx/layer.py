@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from fewbits.core.tensor import CompressedTensor, Term, Transform
-from fewbits.export.grids import Grid, read_grid
+from fewbits.export.grids import read_grid
 from fewbits.export.onnx.operators import NBits, Quantized
 from fewbits.formats.dense import Dense
 from fewbits.formats.diagonal import DiagonalScale
@@ -18,6 +18,7 @@ from fewbits.formats.lowrank import LowRank
 from fewbits.formats.packing import unpack
 from fewbits.formats.permutation import Permutation, Reordering
 from fewbits.formats.rotation import Hadamard
+from fewbits.formats.uniform import Uniform
 from fewbits.formats.unrounded import Unrounded
 from fewbits.layers.activation import TokenQuantizer
 from fewbits.layers.group_activation import GroupQuantizer
@@ -194,18 +195,17 @@ def inner_size(size: int) -> int:
     return width
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A term's numbers as an operator has them."""
-
-    module: type[nn.Module]
-    numbers: Any
-
-
-def _hold(grid: Grid, operator: Operator) -> _Held | str:
-    nbits = operator == "matmul_nbits"
-    found = NBits.of(grid) if nbits else Quantized.of(grid)
-    return found if isinstance(found, str) else _Held(NBitsProduct if nbits else QuantizedProduct, found)
+def _held(term: Term, operator: Operator) -> NBits | Quantized | str:
+    """A grid as the operator has it, or why it does not."""
+    real = term.unpacked_zero_points() if isinstance(term, Uniform) and term.zero_points is not None else None
+    if isinstance(term, Uniform) and operator == "matmul_nbits" and real is not None and not torch.equal(real, real.round()):
+        grid = read_grid(CompressedTensor((replace(term, zero_points=None),)))
+        shape = (term.rows, -(-term.columns // term.group_size))
+        return grid if isinstance(grid, str) else NBits.of(grid, real.expand(shape))
+    grid = read_grid(CompressedTensor((term,)))
+    if isinstance(grid, str):
+        return grid
+    return NBits.of(grid) if operator == "matmul_nbits" else Quantized.of(grid)
 
 
 def _refuses_term(term: Term, operator: Operator) -> str | None:
@@ -213,10 +213,7 @@ def _refuses_term(term: Term, operator: Operator) -> str | None:
         return _refuses_term(term.inner, operator)
     if isinstance(term, LowRank):
         return _refuses_term(term.left, operator) or _refuses_term(term.right, operator)
-    if isinstance(term, Dense):
-        return None
-    grid = read_grid(CompressedTensor((term,)))
-    found = grid if isinstance(grid, str) else _hold(grid, operator)
+    found = None if isinstance(term, Dense) else _held(term, operator)
     return found if isinstance(found, str) else None
 
 
@@ -227,11 +224,9 @@ def _product(term: Term, operator: Operator) -> nn.Module:
         return TwoProducts(_product(term.left, operator), _product(term.right, operator))
     if isinstance(term, Dense):
         return MatrixProduct(term.decode().T)
-    grid = read_grid(CompressedTensor((term,)))
-    assert isinstance(grid, Grid)  # `refuses` was asked
-    held = _hold(grid, operator)
-    assert isinstance(held, _Held)
-    return held.module(held.numbers)
+    held = _held(term, operator)
+    assert not isinstance(held, str)  # `refuses` was asked
+    return NBitsProduct(held) if isinstance(held, NBits) else QuantizedProduct(held)
 
 
 def _changed(transform: Transform) -> nn.Module:

@@ -19,8 +19,8 @@ class NBits:
     """What MatMulNBits reads, `[N rows, K columns]` in blocks of columns: value = (code - zero point) * scale.
 
     `blob` uint8 [N, blocks, block * bits / 8] and `zero_points` uint8 [N, ceil(blocks * bits / 8)] from the lowest bit on; codes
-    behind the last column are zero points. Without zero points each is 2**(bits-1). `scales` float32 [N, blocks]. Source: the
-    operator's description in onnxruntime's ContribOperators.md.
+    behind the last column are zero points. Without zero points each is 2**(bits-1); real ones, float32 [N, blocks], are for codes of 2
+    and 4 bits. `scales` float32 [N, blocks]. Source: the operator's description in onnxruntime's ContribOperators.md.
     """
 
     blob: Tensor
@@ -34,10 +34,15 @@ class NBits:
         return self.blob.shape[2] * 8 // self.bits
 
     @classmethod
-    def of(cls, grid: Grid) -> NBits | str:
-        """`grid`, which is in the inputs' order, number for number; or why it does not fit."""
+    def of(cls, grid: Grid, real_zeros: Tensor | None = None) -> NBits | str:
+        """`grid`, which is in the inputs' order, number for number; or why it does not fit.
+
+        `real_zeros [rows, groups]` are in the place of its zero points.
+        """
         if grid.bits not in (2, 4, 8):
             return f"its codes have {grid.bits} bits, where MatMulNBits has 2, 4 and 8"
+        if grid.bits == 8 and real_zeros is not None:
+            return "its zero points are no whole numbers, which MatMulNBits has beside codes of 2 and 4 bits alone"
         rows, columns = grid.codes.shape
         block = _block(grid)
         if block is None:
@@ -48,22 +53,24 @@ class NBits:
         codes = torch.cat([grid.codes, zeros[:, -1:].expand(-1, missing)], dim=1)
         blob = pack(codes, grid.bits).view(rows, len(group), block * grid.bits // 8)
         packed = None if grid.symmetric else pack(zeros, grid.bits)
+        packed = packed if real_zeros is None else real_zeros.float()[:, group]
         return cls(blob, grid.scales.float()[:, group], packed, columns, grid.bits)
 
     def grid(self) -> Grid:
-        """The inverse of `of`, in groups of a block. Raises InputError where shapes disagree."""
+        """The inverse of `of`, in groups of a block, real zero points left out. Raises InputError where shapes disagree."""
         rows, blocks = self.blob.shape[:2]
         if self.scales.numel() != rows * blocks or blocks != -(-self.columns // self.block):
             raise InputError(
                 f"{self.scales.numel()} scales and blobs {list(self.blob.shape)} do not fit {rows} rows of {self.columns} codes"
             )
         codes = unpack(self.blob.flatten(1), self.bits, blocks * self.block)[:, : self.columns]
-        if self.zero_points is None:
-            zeros = torch.full((rows, blocks), 2 ** (self.bits - 1), dtype=torch.uint8)
-        else:
+        whole = self.zero_points is not None and not self.zero_points.is_floating_point()
+        if self.zero_points is not None and whole:
             zeros = unpack(self.zero_points.view(rows, -1), self.bits, blocks)
+        else:
+            zeros = torch.full((rows, blocks), 2 ** (self.bits - 1), dtype=torch.uint8)
         size = min(self.block, self.columns)
-        return Grid(codes.contiguous(), self.scales.view(rows, blocks), zeros, self.zero_points is None, self.bits, size)
+        return Grid(codes.contiguous(), self.scales.view(rows, blocks), zeros, not whole, self.bits, size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from fewbits.formats.lowrank import LowRank
 from fewbits.formats.packing import pack
 from fewbits.formats.permutation import Permutation
 from fewbits.formats.rotation import Hadamard
+from fewbits.formats.uniform import Uniform
 from fewbits.formats.unrounded import Unrounded
 from fewbits.layers.linear import StoredLinear
 
@@ -86,7 +87,10 @@ class _Reader:
             return LowRank(self.term(f"{name}.left"), self.term(f"{name}.right"))
         if f"{name}.matrix" in self.held:
             return Dense(self.needed(f"{name}.matrix").T.contiguous())
-        return self._grid(name).stored().terms[0]
+        grid, zeros = self._grid(name), self.tensor(f"{name}.zero_points")
+        if zeros is None or not zeros.is_floating_point():
+            return grid.stored().terms[0]
+        return Uniform.from_codes(grid.codes, grid.scales, zeros.view(grid.scales.shape), bits=grid.bits, group_size=grid.group_size)
 
     def transform(self, name: str) -> Transform:
         if f"{name}.order" in self.held:
