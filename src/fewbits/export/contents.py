@@ -93,7 +93,11 @@ class Contents:
 
     def has_bias(self, layer: str) -> bool:
         """Whether the model's layer adds a bias."""
-        return getattr(self.shell.get_submodule(layer), "bias", None) is not None
+        return getattr(self.module(layer), "bias", None) is not None
+
+    def module(self, name: str) -> nn.Module:
+        """The model's module that `names` or `dense_linears` call so."""
+        return self.shell.get_submodule(name)
 
     def experts_of(self, layer: str) -> str | None:
         """The name of the module of experts that a layer was taken out of, where the model keeps them in one tensor."""
@@ -103,7 +107,7 @@ class Contents:
     def unfit_module(self, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> str | None:
         """Why one of the compressed layers is no linear of its own to other engines; None where all are of `kinds`."""
         for name in self.names:
-            if not isinstance(module := self.shell.get_submodule(name), kinds):
+            if not isinstance(module := self.module(name), kinds):
                 return f"{name} is a {type(module).__name__}, and the format is for linear layers"
             if (experts := self.experts_of(name)) is not None:
                 return f"{name} is an expert of {experts}, which other engines keep in a layout of their own"

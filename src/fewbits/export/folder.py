@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewbits.core.errors import InputError
+from fewbits.models.published import has_experts, published
 from fewbits.models.source import ModelSource
 
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
@@ -36,8 +37,14 @@ def quantization_config(path: Path) -> dict[str, Any]:
 
 
 def compressed_modules(source: ModelSource, suffix: str, kinds: tuple[type[nn.Module], ...] = (nn.Linear,)) -> list[str]:
-    """Names of the modules that have a tensor `suffix`. Raises InputError where one is no linear layer, of `kinds`, of the model."""
-    modules = dict(source.shell().named_modules())
+    """Names of the modules that have a tensor `suffix`; of experts, of the files' linears.
+
+    Raises InputError where one is no linear layer, of `kinds`, of the model.
+    """
+    shell = source.shell()
+    modules = dict(shell.named_modules())
+    if has_experts(shell):
+        modules |= {part: modules[layer] for part, (layer, _) in published(shell).parts.items()}
     names = [name.removesuffix(f".{suffix}") for name in source.tensor_names() if name.endswith(f".{suffix}")]
     for name in names:
         if not isinstance(modules.get(name), kinds):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from fewbits.core.errors import InputError
 from fewbits.export.checkpoint import with_layers
+from fewbits.export.experts import joined
 from fewbits.export.folder import quantization_config
 from fewbits.export.target import Target, get_target, list_targets
 from fewbits.models.source import open_model
@@ -25,7 +26,8 @@ def load_foreign(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     Raises InputError where no format is recognized, a file is damaged, or something has no exact term.
     """
     target = _reader(path)
-    return with_layers(open_model(path), target.read(path), dtype)
+    source = open_model(path)
+    return with_layers(source, joined(source.shell(), target.read(path)), dtype)
 
 
 def _reader(path: Path) -> Target:

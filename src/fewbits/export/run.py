@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fewbits.core.errors import FewbitsError, InputError
 from fewbits.core.files import written_whole
 from fewbits.export.checkpoint import check_output
 from fewbits.export.contents import Contents
+from fewbits.export.experts import separated
 from fewbits.export.target import Target, get_target, list_targets
 from fewbits.layers.linear import StoredLinear
 
@@ -45,7 +46,7 @@ def export(folder: Path, target: Target, output: Path, *, requantize: bool = Fal
     Every layer is asked about first. Raises InputError where `folder` is not fewbits' own, `output` is taken, or the format
     cannot hold a layer; with `requantize` such a layer is rounded to the format's grid, and the loss is reported.
     """
-    contents = Contents(folder)
+    contents = _opened(Contents(folder), target)
     check_output(output)
     if target.single_file and output.is_dir():
         raise InputError(f"{output} is a folder, and {target.name()} is one file; a name for it would be right")
@@ -58,7 +59,9 @@ def export(folder: Path, target: Target, output: Path, *, requantize: bool = Fal
         raise InputError(f"{target.name()} cannot hold {layer}: {reason}; {_elsewhere(folder)}, or --requantize")
     if reasons:
         losses = {name: _loss(name, stored, target, reasons[name]) for name, stored in contents.layers() if name in reasons}
-        contents = Contents(folder, lambda name, stored: _rounded(name, stored, target, reasons[name]) if name in reasons else stored)
+        contents = replace(
+            contents, change=lambda name, stored: _rounded(name, stored, target, reasons[name]) if name in reasons else stored
+        )
     if (whole := target.refuses_model(contents)) is not None:
         raise InputError(f"{target.name()} cannot hold this model: {whole}; {_elsewhere(folder)}")
     return Exported(_write(contents, target, output), len(contents.names), losses, reasons)
@@ -71,7 +74,7 @@ def holders(folder: Path) -> list[str]:
     """
     contents = Contents(folder)
     targets = [one for one in map(get_target, list_targets()) if one.holds_tables or not contents.tables]
-    return [one.name() for one in targets if not _reasons(contents, one, stop_at_first=True) and one.refuses_model(contents) is None]
+    return [one.name() for one in targets if _holds(_opened(contents, one), one)]
 
 
 def refusal(stored: StoredLinear, target: Target, has_bias: bool) -> str | None:
@@ -102,6 +105,15 @@ def compare(contents: Contents, read: Iterable[tuple[str, StoredLinear]]) -> Non
         missing.remove(name)
     if missing:
         raise FewbitsError(f"{', '.join(sorted(missing))} did not read back")
+
+
+def _opened(contents: Contents, target: Target) -> Contents:
+    """`contents` as `target` has them."""
+    return separated(contents) if target.separates_experts else contents
+
+
+def _holds(contents: Contents, target: Target) -> bool:
+    return not _reasons(contents, target, stop_at_first=True) and target.refuses_model(contents) is None
 
 
 def _reasons(contents: Contents, target: Target, *, stop_at_first: bool) -> dict[str, str]:

@@ -28,6 +28,7 @@ class Target(ABC):
 
     readers: ClassVar[str]  # one line: who runs such files
     extra: ClassVar[str | None] = None  # which extra of fewbits writing needs
+    separates_experts: ClassVar[bool] = False  # whether experts are linears by themselves, as the model's published files have them
     single_file: ClassVar[bool] = False  # whether the output is one file, not a folder
     holds_tables: ClassVar[bool] = False  # whether embedding and head may be compressed, not only linears of blocks
 

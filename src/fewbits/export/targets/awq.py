@@ -35,6 +35,7 @@ class Awq(Target):
 
     group_size: int | None = 128
 
+    separates_experts: ClassVar[bool] = True
     readers: ClassVar[str] = "GPTQModel, transformers with it, AutoAWQ, vLLM, SGLang"
 
     def __post_init__(self) -> None:

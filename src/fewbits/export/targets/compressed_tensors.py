@@ -19,6 +19,7 @@ from fewbits.data.text import TextSample
 from fewbits.export.cache_scales import cache_scales
 from fewbits.export.checkpoint import with_layers
 from fewbits.export.contents import Contents
+from fewbits.export.experts import joined
 from fewbits.export.folder import compressed_modules, copy_companions, quantization_config, write_config, write_shards
 from fewbits.export.grids import nearest_grid
 from fewbits.export.schemes import FORMATS, Scheme, cache_scheme, hold, unhold
@@ -48,6 +49,7 @@ class CompressedTensors(Target):
     kv_samples: int = 16
     kv_seq_len: int = 512
 
+    separates_experts: ClassVar[bool] = True
     readers: ClassVar[str] = "transformers with the package compressed-tensors, vLLM, SGLang"
     extra: ClassVar[str | None] = None
 
@@ -101,7 +103,7 @@ class CompressedTensors(Target):
         """Of the model as it is written. Nothing where its cache is left as it is."""
         if self.kv_cache is not None:
             windows = TextSample(self.kv_data, self.kv_samples, self.kv_seq_len).windows(contents.source.tokenizer())
-            model = with_layers(contents.source, contents.layers(), torch.float32)
+            model = with_layers(contents.source, joined(contents.shell, contents.layers()), torch.float32)
             yield from cache_scales(model, windows, self.kv_cache)
 
     def _described(self, contents: Contents, groups: list[tuple[Scheme, list[str]]]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Gptq(Target):
     group_size: int | None = 128
     symmetric: bool = True
 
+    separates_experts: ClassVar[bool] = True
     readers: ClassVar[str] = "GPTQModel, transformers with it, vLLM (4 and 8 bits, symmetric), SGLang, ExLlama"
 
     def __post_init__(self) -> None:
@@ -116,7 +117,7 @@ class Gptq(Target):
         most = json.loads(texts.most_common(1)[0][0])
         others = {f"+:^{re.escape(name)}$": one for name, one in layers.items() if one != most}
         head = contents.shell.get_output_embeddings()
-        kept = [name for name in contents.dense_linears(LINEAR) if contents.shell.get_submodule(name) is not head]
+        kept = [name for name in contents.dense_linears(LINEAR) if contents.module(name) is not head]
         others |= {f"-:^{re.escape(name)}$": {} for name in kept}
         config = {"quant_method": "gptq", **most, "checkpoint_format": self.checkpoint_format, "lm_head": False}
         return config | ({"dynamic": others} if others else {})
