@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 
-_CHUNK = 2**19  # bits that are spread out, up to eight bytes each, at a time
+_CHUNK = 2**19  # codes that are spread out, up to eight bytes each, at a time; of those above 8 bits so many bits
 
 
 def packed_width(columns: int, bits: int) -> int:
@@ -26,15 +26,28 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     if bits == 8:
         return codes.to(torch.uint8).contiguous()
-    step = max(1, _CHUNK // max(1, columns * bits))
-    return torch.cat([_pack_rows(part, bits) for part in codes.split(step)]) if rows > step else _pack_rows(codes, bits)
+    pack_rows, size = (_pack_rows, columns) if bits < 8 else (_pack_wide_rows, columns * bits)
+    step = max(1, _CHUNK // max(1, size))
+    return torch.cat([pack_rows(part, bits) for part in codes.split(step)]) if rows > step else pack_rows(codes, bits)
 
 
 def _pack_rows(codes: Tensor, bits: int) -> Tensor:
+    """As `_unpack_rows`, the other way: `count` codes are shifted into one number, which is cut into bytes."""
+    taken, count, words_in = _runs(bits)
     rows, columns = codes.shape
-    narrow = torch.uint8 if bits <= 8 else torch.int32
-    shifts = torch.arange(bits, device=codes.device, dtype=narrow)
-    stream = ((codes.to(narrow)[:, :, None] >> shifts) & 1).to(torch.uint8).reshape(rows, columns * bits)
+    runs = torch.nn.functional.pad(codes, (0, -columns % count)).view(rows, -(-columns // count), count)
+    words = runs[..., 0].to(words_in, copy=True)
+    for place in range(1, count):
+        words |= runs[..., place].to(words_in) << (place * bits)
+    stream = words if taken == 1 else torch.stack([words >> (8 * byte) & 255 for byte in range(taken)], dim=-1).to(torch.uint8)
+    return stream.reshape(rows, runs.shape[1] * taken)[:, : packed_width(columns, bits)].contiguous()
+
+
+def _pack_wide_rows(codes: Tensor, bits: int) -> Tensor:
+    """Codes of more than a byte, bit by bit."""
+    rows, columns = codes.shape
+    shifts = torch.arange(bits, device=codes.device, dtype=torch.int32)
+    stream = ((codes.to(torch.int32)[:, :, None] >> shifts) & 1).to(torch.uint8).reshape(rows, columns * bits)
     width = packed_width(columns, bits)
     stream = torch.nn.functional.pad(stream, (0, width * 8 - columns * bits)).reshape(rows, width, 8)
     return (stream << torch.arange(8, device=codes.device, dtype=torch.uint8)).sum(-1).to(torch.uint8)
@@ -63,16 +76,22 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 def _unpack_rows(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Bytes and codes meet again after `count` codes, such as 8 codes of 3 bits: each such run is one number, shifted out."""
-    shared = math.gcd(bits, 8)
-    taken, count = bits // shared, 8 // shared
+    taken, count, words_in = _runs(bits)
     rows, width = packed.shape
     runs = torch.nn.functional.pad(packed, (0, -width % taken)).view(rows, -(-width // taken), taken)
-    words = runs[..., 0] if taken == 1 else runs[..., 0].to(torch.int32 if taken <= 3 else torch.int64)
+    words = runs[..., 0].to(words_in)
     for byte in range(1, taken):
         words = words | (runs[..., byte].to(words.dtype) << (8 * byte))
     shifts = torch.arange(count, device=packed.device, dtype=words.dtype) * bits
     codes = (words[..., None] >> shifts) & (2**bits - 1)
     return codes.flatten(1)[:, :columns].to(torch.uint8)
+
+
+def _runs(bits: int) -> tuple[int, int, torch.dtype]:
+    """How many bytes hold how many whole codes, and a dtype of so many bytes."""
+    shared = math.gcd(bits, 8)
+    taken = bits // shared
+    return taken, 8 // shared, torch.uint8 if taken == 1 else torch.int32 if taken <= 3 else torch.int64
 
 
 def _check_width(bits: int) -> None:

@@ -69,8 +69,10 @@ def fit_extremes(matrix: Tensor, bits: int, group_size: int) -> tuple[Tensor, Te
 
     Zero need not lie inside; a group of nearly equal values has a scale of a thousandth of them, so that fp16 holds its zero.
     """
-    parts = matrix.split(group_size, dim=1)
-    low, high = torch.cat([part.amin(1, keepdim=True) for part in parts], 1), torch.cat([part.amax(1, keepdim=True) for part in parts], 1)
+    whole = matrix.shape[1] // group_size * group_size
+    parts = [matrix[:, :whole].unflatten(1, (-1, group_size)), matrix[:, None, whole:]]  # the last group may be shorter
+    ends = [torch.aminmax(part, dim=2) for part in parts if part.numel()]
+    low, high = torch.cat([one.min for one in ends], 1), torch.cat([one.max for one in ends], 1)
     spread = (high - low) / (2**bits - 1)
     scales = torch.maximum(spread, (low.abs() / 1000).clamp(min=6.2e-5)).half()
     return scales, (-low / scales.float()).half()

@@ -71,8 +71,10 @@ class Uniform(Coded, kind="uniform"):
     def between_extremes(cls, matrix: Tensor, *, bits: int, group_size: int) -> Uniform:
         """`matrix [rows, columns]` rounded on min-max grids with fp16 scales and real fp16 zero points; zero need not lie inside."""
         scales, zeros = fit_extremes(matrix, bits, group_size)
-        wide_scales, wide_zeros = (v.float().repeat_interleave(group_size, dim=1)[:, : matrix.shape[1]] for v in (scales, zeros))
-        codes = torch.round(matrix / wide_scales + wide_zeros).clamp(0, 2**bits - 1).to(torch.uint8)
+        columns = matrix.shape[1]
+        groups = torch.nn.functional.pad(matrix, (0, -columns % group_size)).unflatten(1, (-1, group_size))
+        ratios = (groups / scales.float()[..., None]).add_(zeros.float()[..., None])
+        codes = ratios.round_().clamp_(0, 2**bits - 1).to(torch.uint8).flatten(1)[:, :columns]
         return cls.from_codes(codes, scales, zeros, bits=bits, group_size=group_size)
 
     @property
