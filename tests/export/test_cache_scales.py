@@ -5,8 +5,6 @@ from inspect import signature
 
 import pytest
 import torch
-from compressed_tensors.modeling import kvcache
-from compressed_tensors.quantization.lifecycle import apply, initialize
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, MistralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -20,6 +18,11 @@ from fewbits.export.run import export
 from fewbits.export.target import get_target
 from fewbits.models.hf_cache import cache_keyword
 from fewbits.models.source import open_model
+
+kvcache, apply, initialize = (
+    pytest.importorskip(f"compressed_tensors.{name}")
+    for name in ("modeling.kvcache", "quantization.lifecycle.apply", "quantization.lifecycle.initialize")
+)
 
 LARGEST = {"fp8": 448.0, "int8": 127.0}
 IDS = torch.randint(4096, (2, 12), generator=torch.Generator().manual_seed(0))
