@@ -6,7 +6,8 @@
 A sample is one product between two read-only passes over as many bytes as its weights have; candidates take turns, and weights are
 drawn anew from copies that the last-level cache cannot hold. A sample is dropped where a thread waited for a core in it, or where the
 two passes differ by 40 %. Uniform grids in groups of 128 with fp16 scales and packed zero points; codebooks of 16 levels with scales
-in groups of 64, and one for each row; ternary codes in groups of 128. Medians and quartiles of what is left; all ratios are of neighbouring samples.
+in groups of 64, and one for each row; ternary codes in groups of 128. Medians and quartiles of what is left; all ratios are of
+neighbouring samples.
 `--first-in-line` asks the system to run the timed moments before other programs' (Linux, as root), on a machine that is shared.
 """
 
