@@ -18,6 +18,7 @@ from fewbits.core.config import read_spec
 from fewbits.core.errors import InputError
 from fewbits.core.method import BlockMethod, LayerMethod, Method, Statistics, TrainingMethod
 from fewbits.core.record import make_record
+from fewbits.core.remote import fetch_folder, is_url
 from fewbits.data.text import TextSample
 from fewbits.evaluation.embeddings import compare_embeddings, embed
 from fewbits.evaluation.fidelity import score, summarize
@@ -205,14 +206,15 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, *, memory: int |
     it counts all stored tensors, dense parameters in the dtype of the file, and no others are read; `resize` changes it later.
     Raises InputError for a size below the smallest, or of a model that has one size.
     """
-    if is_checkpoint(Path(model)):
-        return load_checkpoint(Path(model), dtype, memory)
+    folder = fetch_folder(model) if isinstance(model, str) and is_url(model) else Path(model)
+    if is_checkpoint(folder):
+        return load_checkpoint(folder, dtype, memory)
     if memory is not None:
         raise InputError(
             f"{str(model)!r} is no stack, so it has one size; a folder compressed with a method such as bitstack would be right"
         )
-    if is_foreign(Path(model)):
-        return load_foreign(Path(model), dtype)
+    if is_foreign(folder):
+        return load_foreign(folder, dtype)
     return open_model(model).load(dtype)
 
 
@@ -245,8 +247,8 @@ def evaluate(
     """
     began = time.monotonic()
     results = _measure(model, reference, text, streamed, memory) | _file_sizes(open_model(model))
-    if is_checkpoint(Path(model)):
-        results |= _sizes(Path(model), memory)
+    if is_checkpoint(folder := open_model(model).path):
+        results |= _sizes(folder, memory)
     settings = {"reference": None if reference is None else str(reference), "text": asdict(text), "streamed": streamed}
     return make_record("evaluate", model, settings | ({} if memory is None else {"memory": memory}), results, began)
 

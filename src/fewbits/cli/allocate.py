@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
@@ -14,6 +13,7 @@ from fewbits.allocation.sensitivity import Kind
 from fewbits.cli.options import CalibrationText, Json, Model, Ray, out, read_dtype, workers
 from fewbits.cli.progress import Bar
 from fewbits.core.errors import InputError
+from fewbits.core.remote import placed
 from fewbits.data.text import TextSample
 from fewbits.pipeline.feed import StreamOptions
 
@@ -22,9 +22,7 @@ _METHOD = "METHOD or METHOD:field=value,...; may be repeated: what compresses la
 
 def allocate(  # noqa: PLR0913 - as compress
     model: Model,
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="Folder to write, with recipe.toml in it; or NAME.toml, the recipe alone.")
-    ],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder to write, with recipe.toml in it; or NAME.toml, the recipe alone.")],
     budget: Annotated[str | None, typer.Option(help="Bits a weight (3.25bpw) or bytes of the whole file (500MB).")] = None,
     method: Annotated[list[str] | None, typer.Option("-m", "--method", help=_METHOD)] = None,
     options: Annotated[str | None, typer.Option(help="Bits that a layer may get, such as 2,3,4,8; 16 is fp16.")] = None,
@@ -54,10 +52,10 @@ def allocate(  # noqa: PLR0913 - as compress
         tie=tie,
         keep=tuple(keep or []),
     )
-    with Bar() as bar, workers(ray) as who:
+    with placed(output, "config.json") as place, Bar() as bar, workers(ray) as who:
         stream = StreamOptions(dtype=read_dtype(dtype), progress=bar.show, workers=who)
         texts = {"calibration": TextSample(data, samples, seq_len), "heldout": TextSample(heldout, windows, min(seq_len, 256))}
-        record = mixed_precision.allocate(model, request, output, options=stream, fresh=fresh, **cast(Any, texts))
+        record = mixed_precision.allocate(model, request, place, options=stream, fresh=fresh, **cast(Any, texts))
     if as_json:
         print(json.dumps(record))
         return
@@ -72,7 +70,7 @@ def _read_bits(options: str | None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _say(output: Path, results: dict[str, Any]) -> None:
+def _say(output: str, results: dict[str, Any]) -> None:
     table = Table("option", "layers", "share of weights")
     layers = results["layers"].values()
     for option in results["options"]:

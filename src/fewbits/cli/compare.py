@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +24,7 @@ from fewbits.reports.tables import verdict_text
 
 def compare(  # noqa: PLR0913 - a command has as many options as users need
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the comparison; one that is there is added to.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder of the comparison; one that is there is added to.")],
     methods: Annotated[
         list[str], typer.Option("-m", "--method", help="METHOD, METHOD:field=value,... or a recipe's .toml file; once for each.")
     ],
@@ -70,7 +69,7 @@ def compare(  # noqa: PLR0913 - a command has as many options as users need
     out.print(f"dense: perplexity {dense['perplexity']:.3f} on {dense['tokens']} tokens")
     if noise is not None:
         out.print(f"differences below {noise['floor']:.1e} nats are not told from bfloat16 arithmetic")
-    out.print(f"{output / 'report.html'}, table.md, table.csv and compare.json are written", soft_wrap=True)
+    out.print(f"{output.rstrip('/')}/report.html, table.md, table.csv and compare.json are written", soft_wrap=True)
 
 
 def _show_estimates(found: Mapping[str, Estimate], as_json: bool) -> None:

@@ -29,6 +29,7 @@ from fewbits.cli.options import (
 from fewbits.cli.progress import Bar
 from fewbits.core.errors import InputError
 from fewbits.core.method import BlockMethod
+from fewbits.core.remote import local_place, placed
 from fewbits.data.text import TextSample
 from fewbits.pipeline.preflight import is_long, preflight, said
 from fewbits.pipeline.stream import StreamOptions
@@ -38,7 +39,7 @@ _TABLE = "as METHOD or METHOD:field=value,...; dense unless it is given. A head 
 
 def compress(  # noqa: PLR0913 - a command has as many options as users need
     model: Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to write; must be new or empty.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Folder to write; must be new or empty.")],
     method: Annotated[str | None, typer.Option("-m", "--method", help="Name of a method; fewbits methods lists them.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file with a method, its fields, and layers treated otherwise.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="A field of the method, as name=value; may be repeated.")] = None,
@@ -71,15 +72,15 @@ def compress(  # noqa: PLR0913 - a command has as many options as users need
         options = StreamOptions(**how, progress=bar.show)  # type: ignore[arg-type]
         calibration = TextSample(data, samples, seq_len, separate=separate)
         if dry_run or is_long(model):
-            estimate = preflight(model, plan, calibration, options, output)
+            estimate = preflight(model, plan, calibration, options, local_place(output))
             (out if dry_run and not as_json else err).print(f"{output}: {said(estimate)}")
         if dry_run:
             print(json.dumps(asdict(estimate)) if as_json else "", end="")
             return
         measured = None if probe == "none" else TextSample(probe, 16, min(seq_len, 256))
-        with workers(ray) as who:
+        with placed(output, "config.json") as place, workers(ray) as who:
             options = replace(options, workers=who)
-            record = api.compress(model, plan, output, calibration=calibration, options=options, probe=measured, fresh=fresh)
+            record = api.compress(model, plan, place, calibration=calibration, options=options, probe=measured, fresh=fresh)
     if as_json:
         print(json.dumps(record))
         return

@@ -20,6 +20,7 @@ from fewbits.core.checks import check_range
 from fewbits.core.errors import InputError
 from fewbits.core.method import Accumulator, LayerMethod
 from fewbits.core.record import make_record
+from fewbits.core.remote import local_place
 from fewbits.core.workers import ThisProcess
 from fewbits.data.text import TextSample
 from fewbits.evaluation.fidelity import paired_interval, score
@@ -63,9 +64,9 @@ def compare(  # noqa: PLR0913 - a model, methods, two texts, and how
 ) -> dict[str, Any]:
     """Compare `methods` ("METHOD", "METHOD:field=value,..." or "RECIPE.toml") on `model`; returns the record.
 
-    The folder `output` gets report.html, table.md, table.csv, compare.json and one folder a run. Runs that are there already are
-    not made again, and a killed comparison goes on where it was. Statistics of dense inputs are gathered once for all methods,
-    and the dense model runs over `text` once. Raises InputError for wrong input before any work is done.
+    The folder `output`, or URL in object storage, gets report.html, table.md, table.csv, compare.json and one folder a run. Runs that
+    are there already are not made again, and a killed comparison goes on where it was. Statistics of dense inputs are gathered once
+    for all methods, and the dense model runs over `text` once. Raises InputError for wrong input before any work is done.
     """
     began, options = time.monotonic(), options or StreamOptions()
     configurations = read_configurations(methods, settings.bits)
@@ -75,7 +76,7 @@ def compare(  # noqa: PLR0913 - a model, methods, two texts, and how
         raise InputError(f"{source.name!r} is an encoder, which predicts no tokens; a language model would be right")
     tokenizer = source.tokenizer()
     windows = text.windows(tokenizer)
-    folder = Folder(Path(output))
+    folder = Folder(output)
     calibrations = _calibrations(source, configurations, calibration, settings.repeats, folder, options)
     report("the dense model on the text", None)
     bench = Bench(source, text, DensePass(source, windows, None, folder.shared, options), options, settings.samples)
@@ -84,6 +85,7 @@ def compare(  # noqa: PLR0913 - a model, methods, two texts, and how
     noise = _noise(bench, settings.noise_windows)
     report("calibration", None)
     _gather(configurations, calibrations, options)
+    folder.share(bench.dense, *(one.dense for one in calibrations))
     jobs = {one.name: [Job(bench, one, drawn) for drawn in calibrated(one, calibrations)] for one in configurations}
     runs = run_jobs([job for some in jobs.values() for job in some], folder, options.workers, lambda what: report(what, None))
     rows = []
@@ -114,7 +116,7 @@ def preflight(
     found = estimate_comparison(open_model(model), configurations, (calibration, text), settings.repeats, options)
     largest = max(one.disk_bytes for name, one in found.items() if name != "measuring")
     whole = replace(found["measuring"], disk_bytes=found["measuring"].disk_bytes + largest)
-    check_room([*found.values(), whole], Path(output))
+    check_room([*found.values(), whole], local_place(output))
     return found
 
 

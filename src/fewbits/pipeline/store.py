@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.files import written_whole
+from fewbits.core.remote import fetch_file, local_place
 from fewbits.core.tensor import from_stored
 from fewbits.layers.linear import StoredLinear
 
@@ -27,8 +28,9 @@ class Store:
     Raises InputError where the folder holds a run with other settings, or the disk is full.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, settings: Mapping[str, Any], origin: str | None = None) -> None:
+        """`origin` is the URL that another process reads the same files from."""
+        self.folder, self.origin = folder, origin
         self.settings = json.loads(json.dumps(settings, sort_keys=True))
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "run.json"
@@ -45,7 +47,9 @@ class Store:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """In another process: nothing is tidied up, for the run that it belongs to goes on elsewhere."""
         self.__dict__ |= state
-        if not self.folder.is_dir():
+        if self.origin is not None and not self.folder.is_dir():
+            self.folder = local_place(self.origin)
+        elif not self.folder.is_dir():
             raise InputError(f"{self.folder} is not there on this node; a folder that all nodes share would be right")
 
     def _compare(self, before: Mapping[str, Any]) -> None:
@@ -111,16 +115,16 @@ class Store:
         _write(self._state_path(name), lambda part: save_file({key: value.contiguous().clone() for key, value in tensors.items()}, part))
 
     def has_state(self, name: str) -> bool:
-        return self._state_path(name).exists()
+        return self._found(self._state_path(name)).exists()
 
     def state(self, name: str, only: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The tensors kept as `name`, or only those called so."""
-        with safe_open(self._state_path(name), "pt") as file:
+        with safe_open(self._found(self._state_path(name)), "pt") as file:
             return {key: file.get_tensor(key) for key in (file.keys() if only is None else only)}
 
     def state_names(self, name: str) -> list[str]:
         """What the tensors kept as `name` are called."""
-        with safe_open(self._state_path(name), "pt") as file:
+        with safe_open(self._found(self._state_path(name)), "pt") as file:
             return list(file.keys())
 
     def drop_state(self, name: str) -> None:
@@ -138,7 +142,7 @@ class Store:
 
     def activations(self, block: int, shape: tuple[int, ...], dtype: torch.dtype, mapped: bool, stream: str = "") -> Tensor | None:
         """The kept inputs of `block`, None where they are missing; `mapped` leaves them in the file."""
-        path, count = self._activation_path(block, stream), int(torch.Size(shape).numel())
+        path, count = self._found(self._activation_path(block, stream)), int(torch.Size(shape).numel())
         if not path.exists() or path.stat().st_size != count * dtype.itemsize:
             return None
         hidden = torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(shape)
@@ -152,6 +156,12 @@ class Store:
         for path in self.folder.glob("activations-*.bin"):
             if not path.name.startswith(self._activation_path(keep).stem):
                 path.unlink()
+
+    def _found(self, path: Path) -> Path:
+        """`path`, fetched from the origin where it is not here yet."""
+        if self.origin is not None and not path.exists():
+            fetch_file(f"{self.origin}/{path.name}", path)
+        return path
 
     def _manifest_path(self, block: int | str) -> Path:
         return self.folder / f"{_stem(block)}.json"
