@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fewbits.formats.codebook import Codebook
+from fewbits.formats.coded import Coded
+from fewbits.formats.power import Power
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
 
@@ -21,7 +23,7 @@ def codebook(bits: int, shape: tuple[int, int], ends: tuple[int, ...] = (), *, b
     return Codebook.from_codes(codes, levels, scales, bits=bits, group_size=group_size, row_ends=ends)
 
 
-def assert_agrees(term: Codebook, inputs: Tensor) -> None:
+def assert_agrees(term: Coded, inputs: Tensor) -> None:
     before = dispatch.counts["multiply"]
     found = term.matmul(inputs)
     assert dispatch.counts["multiply"] == before + 1
@@ -85,3 +87,14 @@ def test_runs_that_do_not_cut_the_rows_are_refused(isa, ends):
     layout = (*right.layout[:6], *ends, *right.layout[6 + len(ends) :])
     with pytest.raises(ValueError, match=r"a size in a layout is out of range|runs of rows do not end with the last row"):
         native.multiply(isa, right.tensors, layout, torch.ones(1, 20))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_power_grids_are_codebooks_of_all_rows(isa, bits):
+    weight = torch.randn(13, 201, generator=torch.Generator().manual_seed(bits))
+    weight[4] = 0
+    for exponent in (0.4, 1.0):
+        term = Power.nearest(weight, exponent, bits=bits)
+        assert torch.equal(term.decode(), term.define())
+        for vectors in (1, 5):
+            assert_agrees(term, torch.randn(vectors, 201, generator=torch.Generator().manual_seed(vectors)))

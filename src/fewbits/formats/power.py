@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.core.tensor import Term
+from fewbits.formats.coded import Coded
 from fewbits.formats.packing import pack, unpack
+from fewbits.kernels.layout import ABSENT, Description, coded, dense
 
 
 @dataclass(frozen=True, eq=False)
-class Power(Term, kind="power"):
+class Power(Coded, kind="power"):
     """value = M * sign(q) * (|q| / L)**(1/a), with codes q from -L to L = 2**(bits-1) - 1, a row's largest magnitude M, and a.
 
     Codes are packed as q + L, `[rows, bytes]`; maxima are fp16 `[rows, 1]`; the exponent a is float32 `[1]`. The exponent 1
@@ -73,9 +74,19 @@ class Power(Term, kind="power"):
         # In float64: with an exponent of 1 every level is then its code exactly.
         return (most * power_map(codes.double() / most, 1 / self.exponent.double())).float()
 
-    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def described(self) -> Description | None:
+        levels, scales = dense(torch.nn.functional.pad(self.levels(), (0, 1))[None]), dense(self._scales())  # a code is never the last one
+        if levels is None or scales is None or not self.columns:
+            return None
+        return coded((*self.shape, self.bits_per_code, self.columns), self.codes, levels, scales, ABSENT)
+
+    def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
         codes = unpack(self.codes, self.bits_per_code, self.columns).long()
-        return (self.levels()[codes] * (self.maxima.float() / largest_code(self.bits_per_code))).to(dtype)
+        return (self.levels()[codes] * self._scales()).to(dtype)
+
+    def _scales(self) -> Tensor:
+        """float32 `[rows, 1]`: what a row's levels are in units of."""
+        return self.maxima.float() / largest_code(self.bits_per_code)
 
 
 def largest_code(bits: int) -> int:
