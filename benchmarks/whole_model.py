@@ -40,9 +40,9 @@ def random_linear(rows: int, columns: int) -> CompressedLinear:
     return CompressedLinear(StoredLinear(CompressedTensor((Uniform(codes, scales, None, rows, columns, 4, GROUP),)))).settle()
 
 
-def random_model(dtype: torch.dtype) -> nn.Module:
+def random_model(dtype: torch.dtype, blocks: int = SHAPE["num_hidden_layers"]) -> nn.Module:
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE)
+    config = LlamaConfig(**SHAPE | {"num_hidden_layers": blocks})
     with torch.device("meta"):
         model = LlamaForCausalLM(config).eval()
     for name, module in list(model.named_modules()):

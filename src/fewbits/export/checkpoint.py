@@ -15,7 +15,7 @@ from fewbits.core.errors import FewbitsError, InputError
 from fewbits.core.files import written_whole
 from fewbits.export.folder import copy_companions, quantization_config, write_shards
 from fewbits.export.stack import Stack, describe_stack, memory_in_bytes, shortened
-from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.layers.linear import CompressedLayer, CompressedLinear, StoredLinear
 from fewbits.models.adapter import Adapter
 from fewbits.models.source import ModelSource, open_model
 from fewbits.models.vocabulary import place_compressed
@@ -133,9 +133,12 @@ def read_layers(path: Path, inside: str = "", memory: int | str | None = None) -
     Of a stack, `memory` in bytes or as text ("120MB") gives what fits in it, and no more is read. Raises InputError where a
     file is damaged or of another version, or a size is asked for that the folder does not have.
     """
-    settings = read_settings(path)
-    counts = {} if memory is None else read_stack(path).counts(memory_in_bytes(memory))
-    source = open_model(path)
+    yield from _layers(open_model(path), inside, memory)
+
+
+def _layers(source: ModelSource, inside: str, memory: int | str | None) -> Iterator[tuple[str, StoredLinear]]:
+    settings = read_settings(source.path)
+    counts = {} if memory is None else read_stack(source.path).counts(memory_in_bytes(memory))
     for layer, described in settings.items():
         if inside and not layer.startswith(f"{inside}."):
             continue
@@ -159,14 +162,24 @@ def read_layer(source: ModelSource, layer: str, described: Mapping[str, Any]) ->
 
 def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32, memory: int | str | None = None) -> PreTrainedModel:
     """The model with its compressed layers in place, in eval mode; dense parameters in `dtype`; `memory` as in `read_layers`."""
-    return with_layers(open_model(path), read_layers(path, memory=memory), dtype)
+    source = open_model(path)
+    with source.read_whole():
+        return _put_together(source, _layers(source, "", memory), dtype)  # whose tensors are where kernels read fast
 
 
 def with_layers(source: ModelSource, layers: Iterable[tuple[str, StoredLinear]], dtype: torch.dtype) -> PreTrainedModel:
     """The model of `source` with compressed `layers` in the place of its own, the rest from its files in `dtype`; in eval mode."""
+    model = _put_together(source, layers, dtype)
+    for module in model.modules():
+        if isinstance(module, CompressedLayer):
+            module.settle()
+    return model
+
+
+def _put_together(source: ModelSource, layers: Iterable[tuple[str, StoredLinear]], dtype: torch.dtype) -> PreTrainedModel:
     shell = source.shell()
     for name, stored in layers:
-        place_compressed(shell, name, stored, dtype).settle()
+        place_compressed(shell, name, stored, dtype)
     source.load_module(shell, "", dtype)
     shell.tie_weights()
     return shell

@@ -171,9 +171,15 @@ def in_large_pages(tensor: Tensor) -> Tensor:
     """
     if _extension is None or tensor.device.type != "cpu" or tensor.nbytes < _LARGE:
         return tensor
-    copy = torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    _extension.prefer_large_pages(copy.data_ptr(), copy.nbytes)
-    return copy.copy_(tensor)
+    return room_like(tensor).copy_(tensor)
+
+
+def room_like(tensor: Tensor) -> Tensor:
+    """Memory for a tensor of this shape and dtype on the CPU, not written yet; in large pages where it is large and kernels were built."""
+    room = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if _extension is not None and room.nbytes >= _LARGE:
+        _extension.prefer_large_pages(room.data_ptr(), room.nbytes)
+    return room
 
 
 def _buffers(tensors: Sequence[Tensor]) -> list[int]:

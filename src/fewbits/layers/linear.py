@@ -59,9 +59,10 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
         return self._stored[0]
 
     def settle(self) -> Self:
-        """Moves what was read from a file into memory that kernels read fast, large tensors one at a time; no value changes."""
+        """Moves large tensors, such as those that lie in a mapped file, into memory that kernels read fast; no value changes."""
         for name, buffer in list(self.named_buffers(recurse=False)):
             setattr(self, name, in_large_pages(buffer))
+        _ = self.stored  # what is remembered is of the new buffers: the old ones go
         return self
 
     @property

@@ -24,10 +24,21 @@ class _Origin:
 
 
 class Layout:
-    """From the names of `shell`'s parameters and buffers to tensors of files with the names `stored`, read by `read`."""
+    """From the names of `shell`'s parameters and buffers to tensors of files with the names `stored`, read by `read`.
 
-    def __init__(self, shell: nn.Module, stored: Iterable[str], read: Callable[[str], Tensor]) -> None:
+    `same_names` says that files have the very names, so that transformers' rules, which take long to make, are not asked for.
+    """
+
+    def __init__(self, shell: nn.Module, stored: Iterable[str], read: Callable[[str], Tensor], *, same_names: bool = False) -> None:
         self.shell, self.read = shell, read
+        self._last: tuple[_Origin | None, dict[str, Tensor]] = (None, {})
+        self._origins: dict[str, _Origin] = (
+            {name: _Origin(None, [(name, name)]) for name in stored} if same_names else self._by_rules(stored)
+        )
+
+    def _by_rules(self, stored: Iterable[str]) -> dict[str, _Origin]:
+        """Origins by the model's names, as transformers renames and converts what it loads."""
+        shell, origins = self.shell, dict[str, _Origin]()
         names = {name: name for name in shell.state_dict()}
         names |= {fused[1]: name for name in list(names) if (fused := _ONE_OF_FUSED.fullmatch(name))}
         mapping = get_model_conversion_mapping(shell)  # type: ignore[arg-type]
@@ -35,17 +46,16 @@ class Layout:
         converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
         prefix = getattr(shell, "base_model_prefix", None)
-        self._origins: dict[str, _Origin] = {}
         for key in sorted(stored, key=dot_natural_key):
             target, pattern = rename_source_key(key, renamings, converters, prefix, names)
             if target not in names:  # a rule that does not mean this model
                 target, pattern = rename_source_key(key, [], [], prefix, names)
             rule = None if pattern is None else by_pattern[pattern]
-            origin = self._origins.setdefault(target, _Origin(rule))
+            origin = origins.setdefault(target, _Origin(rule))
             origin.sources.append((pattern or key, key))
             for other in [] if rule is None else rule.target_patterns[1:]:
-                self._origins.setdefault(target.replace(rule.target_patterns[0], other), origin)  # type: ignore[union-attr]
-        self._last: tuple[_Origin | None, dict[str, Tensor]] = (None, {})
+                origins.setdefault(target.replace(rule.target_patterns[0], other), origin)  # type: ignore[union-attr]
+        return origins
 
     def parameter(self, name: str) -> Tensor | None:
         """A parameter's value, None where the files do not hold it."""

