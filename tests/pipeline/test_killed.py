@@ -6,6 +6,8 @@ BLOCKS = 3
 WORK = """
     import fewbits
     from fewbits.methods.weights.gptq import Gptq
+    from fewbits.methods.weights.rtn import Rtn
+    from fewbits.pipeline.plan import Plan
     from fewbits.pipeline.stream import StreamOptions
 
     text = fewbits.TextSample(str(root / "text.txt"), 3, 16)
@@ -19,7 +21,7 @@ WORK = """
 
         (root / "seen").write_text("[]")
         options = StreamOptions(progress=progress)
-        fewbits.compress(root / "model", Gptq(bits=3, group_size=16), root / name, calibration=text, options=options, probe=None)
+        fewbits.compress(root / "model", PLAN, root / name, calibration=text, options=options, probe=None)
 
     def seen(name):
         return json.loads((root / "seen").read_text())
@@ -31,10 +33,15 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in ("fewbits.json", "README.md")}
 
 
+PLAIN = "Gptq(bits=3, group_size=16)"
+TABLES = f"Plan({PLAIN}, embeddings=Rtn(bits=8, group_size=16), head=Gptq(bits=4, group_size=16))"
+
+
 @pytest.mark.slow
-def test_a_run_killed_at_any_moment_ends_in_the_same_checkpoint(small_model, killed):
+@pytest.mark.parametrize(("plan", "step"), [(PLAIN, 13), (TABLES, 37)])
+def test_a_run_killed_at_any_moment_ends_in_the_same_checkpoint(small_model, killed, plan, step):
     root = small_model(BLOCKS)
-    events, _, kills = killed(root, WORK, 5, 13)
+    events, _, kills = killed(root, WORK.replace("PLAN", plan), 5, step)
     assert events > 40
     expected = contents(root / "whole")
     for place, first, again in kills:
