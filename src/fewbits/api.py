@@ -200,7 +200,7 @@ def stored_bits(method: Method, rows: int = 256, columns: int = 512) -> dict[str
 
 
 def load(model: str | Path, dtype: torch.dtype = torch.float32, *, memory: int | str | None = None) -> PreTrainedModel:
-    """A dense model, a folder that `compress` wrote, or one in a format of `export` that others wrote, in eval mode.
+    """A dense model, a folder that `compress` wrote, or a folder or GGUF file in a format of `export` that others wrote, in eval mode.
 
     Of a folder whose layers' terms are ranked (bitstack) `memory`, bytes or text such as "120MB", loads the most that fits in it:
     it counts all stored tensors, dense parameters in the dtype of the file, and no others are read; `resize` changes it later.

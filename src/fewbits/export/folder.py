@@ -12,14 +12,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fewbits.core.errors import InputError
+from fewbits.models.gguf.file import is_gguf
 from fewbits.models.published import has_experts, published
-from fewbits.models.source import ModelSource
+from fewbits.models.source import ModelSource, open_model
 
 _COMPANIONS = (".json", ".jinja", ".model", ".txt")
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy configuration, tokenizer and chat template; not the weights' index, nor what fewbits says of its own runs."""
+    """Copy configuration, tokenizer and chat template; not the weights' index, nor what fewbits says of its own runs.
+
+    Those of a GGUF file are written as the files that they are in a folder.
+    """
+    if is_gguf(source):
+        opened = open_model(source)
+        opened.config.save_pretrained(folder)
+        opened.tokenizer().save_pretrained(folder)
+        return
     for file in source.iterdir():
         if file.suffix in _COMPANIONS and not file.name.startswith(("model.", "training", "fewbits")):
             shutil.copyfile(file, folder / file.name)

@@ -12,12 +12,13 @@ from fewbits.export.checkpoint import with_layers
 from fewbits.export.experts import joined
 from fewbits.export.folder import quantization_config
 from fewbits.export.target import Target, get_target, list_targets
+from fewbits.models.gguf.file import is_gguf
 from fewbits.models.source import open_model
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether `path` is a folder whose config.json says that something other than fewbits quantized its model."""
-    return quantization_config(path).get("quant_method", "fewbits") != "fewbits"
+    """Whether `path` is a GGUF file, or a folder whose config.json says that something other than fewbits quantized its model."""
+    return is_gguf(path) or quantization_config(path).get("quant_method", "fewbits") != "fewbits"
 
 
 def load_foreign(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
