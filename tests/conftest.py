@@ -6,6 +6,8 @@ import subprocess
 import sys
 import textwrap
 
+os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU run on the CPU; before anything, torch among it, imports triton
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
