@@ -135,7 +135,7 @@ def test_what_has_no_layout_says_why(layer, reason):
 def test_requantized_layers_are_those_of_the_paper(compressed, uniform, tmp_path, reference):
     """The mean magnitude is the scale: computed here by hand for one layer, and by transformers' own rounding."""
     folder = compressed(uniform(8, None))
-    with pytest.raises(InputError, match="its inputs are read as they are"):
+    with pytest.raises(InputError, match="its weights are not all -1, 0 or 1 times one number"):
         export(folder, Bitnet(), tmp_path / "out")
     made = export(folder, Bitnet(), tmp_path / "out", requantize=True)
     assert len(made.requantized) == 14 and all(0.1 < loss < 0.5 for loss in made.requantized.values())

@@ -37,11 +37,13 @@ class Bitnet(Target):
     readers: ClassVar[str] = "transformers"
 
     def refuses(self, stored: StoredLinear) -> str | None:
-        if not _rounds_tokens(stored):
-            kind = "read as they are" if stored.activation is None else f"rounded by a {stored.activation.kind}"
-            return f"its inputs are {kind}, and the format rounds them to 8 bits for each token"
         held = hold(stored.weight)
-        return held if isinstance(held, str) else None
+        if isinstance(held, str):
+            return held
+        if _rounds_tokens(stored):
+            return None
+        kind = "read as they are" if stored.activation is None else f"rounded by a {stored.activation.kind}"
+        return f"its inputs are {kind}, and the format rounds them to 8 bits for each token"
 
     def refuses_model(self, contents: Contents) -> str | None:
         biased = [name for name in contents.names if contents.has_bias(name)]

@@ -95,7 +95,7 @@ class Spqr(Target):
 
     def read(self, path: Path) -> Iterator[tuple[str, StoredLinear]]:
         source, described = open_model(path), quantization_config(path)
-        if (described.get("bits"), described.get("beta1"), described.get("beta2")) != (BITS, SIDE, SIDE):
+        if (described.get("bits", BITS), described.get("beta1", SIDE), described.get("beta2", SIDE)) != (BITS, SIDE, SIDE):
             raise InputError(f"{path} is not in 3 bits and tiles of 16 x 16, which alone have a layout; those would be right")
         shell = source.shell()
         for name in compressed_modules(source, _PARTS[0]):
