@@ -6,6 +6,7 @@ import torch
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
+from fewbits.layers.embedding import CompressedEmbedding
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
@@ -38,3 +39,12 @@ def test_the_operators_pass_torchs_checks():
         torch.library.opcheck(torch.ops.fewbits.decode.default, (tensors, layout, 2, 9, torch.bfloat16), test_utils=checks),
     ]
     assert found == [dict.fromkeys(checks, "SUCCESS")] * 2
+
+
+def test_a_compiled_embedding_is_one_graph_and_decodes_its_rows_natively():
+    table = CompressedEmbedding(StoredLinear(CompressedTensor((term(),))))
+    compiled, tokens = torch.compile(table, fullgraph=True, backend="aot_eager"), torch.tensor([[3, 11, 3]])
+    with torch.no_grad():
+        before = dispatch.counts["decode"]
+        assert torch.equal(compiled(tokens), table(tokens))
+        assert dispatch.counts["decode"] == before + 2  # once compiled, once not
