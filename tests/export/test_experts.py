@@ -20,7 +20,7 @@ from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.published import published
 from fewbits.models.source import open_model
 
-SIZES = {"vocab_size": 64, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+SIZES = {"vocab_size": 64, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
 IDS = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
 TARGETS = ("compressed-tensors", "gptq:checkpoint_format=gptq_v2", "awq")
 
@@ -50,7 +50,7 @@ def test_files_have_the_published_names_and_read_back(moe, compressed, uniform, 
     made = export(folder, get_target(spec), tmp_path / "out")
     written, plain = load_file(tmp_path / "out/model.safetensors"), load_file(moe / "model.safetensors")
     experts = [name.removesuffix(".weight") for name in plain if ".experts." in name]
-    assert len(experts) == 2 * 3 * 3 and made.layers > len(experts)
+    assert len(experts) == 3 * 3 and made.layers > len(experts)
     suffix = "weight_packed" if spec == "compressed-tensors" else "qweight"
     assert {f"{name}.{suffix}" for name in experts} <= set(written)
     kept = {name for name in written if name in plain}
@@ -80,7 +80,7 @@ def test_what_routes_tokens_is_said_to_be_dense(moe, compressed, uniform, tmp_pa
     export(compressed(uniform(4, 16), source=moe), get_target("compressed-tensors"), tmp_path / "out")
     ignored = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
     owner = "block_sparse_moe" if "mixtral" in moe.name else "mlp"
-    assert sorted(ignored) == ["lm_head", f"model.layers.0.{owner}.gate", f"model.layers.1.{owner}.gate"]
+    assert sorted(ignored) == ["lm_head", f"model.layers.0.{owner}.gate"]
 
 
 def test_experts_that_all_stayed_dense_are_taken_apart_too(moe, compressed, uniform, tmp_path):
@@ -88,7 +88,7 @@ def test_experts_that_all_stayed_dense_are_taken_apart_too(moe, compressed, unif
     export(folder, get_target("compressed-tensors"), tmp_path / "out")
     written, plain = load_file(tmp_path / "out/model.safetensors"), load_file(moe / "model.safetensors")
     dense = [name for name in plain if ".experts." in name]
-    assert len(dense) == 2 * 3 * 3 and all(torch.equal(written[name], plain[name]) for name in dense)
+    assert len(dense) == 3 * 3 and all(torch.equal(written[name], plain[name]) for name in dense)
     assert torch.equal(logits(api.load(tmp_path / "out")), logits(api.load(folder)))
 
 
@@ -109,6 +109,31 @@ def test_every_row_of_every_expert_is_in_one_part(moe):
         seen.setdefault(layer, []).extend(rows.tolist())
     assert all(sorted(rows) == list(range(shell.get_submodule(layer).out_features)) for layer, rows in seen.items())
     assert set(names.names.values()) | {f"{part}.weight" for part in names.parts} == set(plain)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (lambda stack: {"turned": stack[0].T}, "in turned turned or mixed with others; experts by themselves would be right"),
+        (lambda stack: {"mixed": stack[:2].flatten(0, 1)}, "in mixed turned or mixed with others"),
+    ],
+)
+def test_other_layouts_of_experts_are_refused(moe, monkeypatch, rule, said):
+    def revert(_, marked):
+        return rule(next(tensor for tensor in marked.values() if tensor.ndim == 3 and tensor.shape[2] == 1))
+
+    monkeypatch.setattr("fewbits.models.published.revert_weight_conversion", revert)
+    with pytest.raises(InputError, match=said):
+        published(open_model(moe).shell())
+
+
+def test_other_parameters_in_pieces_are_refused(moe, monkeypatch):
+    monkeypatch.setattr(
+        "fewbits.models.published.revert_weight_conversion",
+        lambda _, marked: {"a": marked["lm_head.weight"][:2], "b": marked["lm_head.weight"][2:]},
+    )
+    with pytest.raises(InputError, match=r"files hold lm_head\.weight in several pieces"):
+        published(open_model(moe).shell())
 
 
 def test_what_has_no_place_says_why(moe, compressed, uniform, tmp_path):

@@ -28,6 +28,10 @@ class ExpertContents(Contents):
     def names(self) -> tuple[str, ...]:
         return tuple(part for layer in self._settings for part in self._published.of_layer(layer))
 
+    @cached_property
+    def tables(self) -> tuple[str, ...]:
+        return tuple(piece for layer in Contents(self.path).tables for piece in self._published.of_layer(layer))
+
     def layer(self, name: str) -> StoredLinear:
         """Raises InputError where a part's rows cannot be told from the others'."""
         part = self._published.parts.get(name)

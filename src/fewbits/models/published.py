@@ -69,7 +69,7 @@ def published(shell: PreTrainedModel) -> Published:
     parts: dict[str, tuple[str, Tensor]] = {}
     names: dict[str, str] = {}
     for name, made in revert_weight_conversion(shell, marked).items():
-        first = int(made.flatten()[0])
+        first = int(made[(0,) * made.ndim])
         if first >= 0:
             stack = stacks[bisect_right([one.start for one in stacks], first) - 1]
             parts[name.removesuffix(".weight")] = stack.expert(name, made)
@@ -86,29 +86,27 @@ class _Stack:
 
     name: str
     start: int
-    shape: tuple[int, int, int]
+    experts: int
+    rows: int  # of one expert
 
     def numbered(self) -> Tensor:
-        """int64, as the stack is shaped: in every place the number of its row."""
-        experts, rows, columns = self.shape
-        return (self.start + torch.arange(experts * rows)).view(experts, rows, 1).expand(-1, -1, columns)
+        """int64 `[experts, rows, 1]`: the number of every row; one column stands for all, as rules may copy what they are given."""
+        return (self.start + torch.arange(self.experts * self.rows)).view(self.experts, self.rows, 1)
 
     def expert(self, name: str, made: Tensor) -> tuple[str, Tensor]:
         """Which expert's linear the rows of a file's tensor are of, and which of its rows."""
-        lines = made.flatten(1)[:, 0] - self.start
-        owners = lines // self.shape[1]
-        if made.ndim != 2 or not bool((owners == owners[0]).all()):
-            raise InputError(f"files hold {self.name} in {name} mixed with others; experts by themselves would be right")
-        return f"{self.name}.{int(owners[0])}", lines % self.shape[1]
+        lines = made.flatten() - self.start
+        owners = lines // self.rows
+        if made.shape != (len(lines), 1) or not bool((owners == owners[0]).all()):
+            raise InputError(f"files hold {self.name} in {name} turned or mixed with others; experts by themselves would be right")
+        return f"{self.name}.{int(owners[0])}", lines % self.rows
 
 
 def _stacks(shell: PreTrainedModel) -> list[_Stack]:
     found: list[_Stack] = []
-    start = 0
     for owner, module in shell.named_modules():
         for name in _STACKS if isinstance(module, SeparateExperts) else ():
             experts = getattr(module, name)
-            shape = (len(experts), *experts[0].weight.shape)
-            found.append(_Stack(f"{owner}.{name}", start, shape))
-            start += shape[0] * shape[1]
+            start = found[-1].start + found[-1].experts * found[-1].rows if found else 0
+            found.append(_Stack(f"{owner}.{name}", start, len(experts), experts[0].out_features))
     return found
