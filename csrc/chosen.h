@@ -4,6 +4,7 @@
 #include "additions.h"
 #include "feedback.h"
 #include "kernels.h"
+#include "mixed_groups.h"
 #include "rotation.h"
 #include "signed_product.h"
 #include "vectors.h"
@@ -20,6 +21,7 @@ static int64_t prepared_floats(const Product& product) {
   const Coded& w = *product.matrix;
   if (w.form == Coded::vectors) return vectors::prepared_floats(product);
   if (w.form == Coded::signed_product) return signed_product::prepared_floats(product);
+  if (w.form == Coded::mixed) return mixed_groups::prepared_floats(product);
   if (w.form != Coded::packed) return additions::prepared_floats(product);
 #ifdef FEWBITS_FIXED
   if (ternary::serves(w)) return ternary::prepared_floats(w, ternary::make_plan(w, product.vectors, product.digits));
@@ -33,6 +35,7 @@ static void prepare(const Product& product, int64_t vector, float* room) {
   const Coded& w = *product.matrix;
   if (w.form == Coded::vectors) return vectors::prepare(product, vector, room);
   if (w.form == Coded::signed_product) return signed_product::prepare(product, vector, room);
+  if (w.form == Coded::mixed) return mixed_groups::prepare(product, vector, room);
   if (w.form != Coded::packed) return additions::prepare(product, vector, room);
 #ifdef FEWBITS_FIXED
   if (ternary::serves(w)) return ternary::prepare(product, ternary::make_plan(w, product.vectors, product.digits), vector, room);
@@ -46,6 +49,7 @@ static void prepare(const Product& product, int64_t vector, float* room) {
 static int64_t scratch_floats(const Coded& w, int64_t vectors) {
   if (w.form == Coded::vectors) return vectors::scratch_floats(w);
   if (w.form == Coded::signed_product) return signed_product::scratch_floats(w, vectors);
+  if (w.form == Coded::mixed) return mixed_groups::scratch_floats(w);
   if (w.form != Coded::packed) return additions::scratch_floats(w);
   const int64_t floats = FEWBITS_ISA::scratch_floats(w, vectors);
 #ifdef FEWBITS_FIXED
@@ -60,6 +64,7 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
   const Coded& w = *product.matrix;
   if (w.form == Coded::vectors) return vectors::multiply(product, prepared, first, last, scratch);
   if (w.form == Coded::signed_product) return signed_product::multiply(product, prepared, first, last, scratch);
+  if (w.form == Coded::mixed) return mixed_groups::multiply(product, prepared, first, last, scratch);
   if (w.form != Coded::packed) return additions::multiply(product, prepared, first, last, scratch);
 #ifdef FEWBITS_FIXED
   if (ternary::serves(w)) {

@@ -52,8 +52,11 @@ struct Values {
 //
 // Or the product of two thin factors, `left [rows, rank]` and `right [rank, columns]`, entry by entry times a sign (`signed_product`): codes
 // are one stream of bits over the whole matrix, 1 for plus, the first entry the highest bit of its byte.
+//
+// Or groups of two widths (`mixed`): `flags`, one bit a group, say which are of `wide_bits`, in every row equally many. The codes of a row's
+// narrow groups lie one behind the other, and in `wide` those of the others.
 struct Coded {
-  enum Form : int { packed = 0, plain = 1, sparse = 2, vectors = 3, signed_product = 4 };
+  enum Form : int { packed = 0, plain = 1, sparse = 2, vectors = 3, signed_product = 4, mixed = 5 };
   Form form = packed;
   Number number = Number::f32;  // of plain numbers, sparse entries, codebooks and factors
   const void* indices = nullptr;
@@ -63,6 +66,9 @@ struct Coded {
   int64_t unit = 0, books = 0;
   const void *left = nullptr, *right = nullptr;
   int64_t rank = 0;
+  const uint8_t *wide = nullptr, *flags = nullptr;
+  int wide_bits = 0;
+  int64_t wide_groups = 0, wide_row_bytes = 0;
   bool transposed = false;
   const uint8_t* codes = nullptr;
   int64_t code_bytes = 0;

@@ -55,9 +55,10 @@ class Reader {
   }
 
  private:
-  // Numbers as they are, compressed sparse rows, codewords, or a product with signs.
+  // Numbers as they are, compressed sparse rows, codewords, a product with signs, or groups of two widths.
   const Coded& read_other(Coded& matrix) {
-    matrix.form = static_cast<Coded::Form>(next(1, 4));
+    matrix.form = static_cast<Coded::Form>(next(1, 5));
+    if (matrix.form == Coded::mixed) return read_mixed(matrix);
     matrix.number = to_number(next(0, 2));
     require(matrix.columns <= largest / matrix.rows, "a matrix is too large");
     if (matrix.form == Coded::vectors) return read_vectors(matrix);
@@ -101,6 +102,29 @@ class Reader {
     require(matrix.rank <= largest / std::max(matrix.rows, matrix.columns), "factors are too large");
     matrix.left = next_buffer(matrix.rows * matrix.rank * size_of(matrix.number));
     matrix.right = next_buffer(matrix.rank * matrix.columns * size_of(matrix.number));
+    return matrix;
+  }
+
+  const Coded& read_mixed(Coded& matrix) {
+    matrix.group = next(1, matrix.columns);
+    matrix.groups = matrix.columns / matrix.group;
+    require(matrix.groups * matrix.group == matrix.columns, "groups do not divide the columns");
+    matrix.bits = static_cast<int>(next(1, 8));
+    matrix.wide_bits = static_cast<int>(next(1, 8));
+    matrix.wide_groups = next(0, matrix.groups);
+    matrix.row_bytes = packed_bytes((matrix.groups - matrix.wide_groups) * matrix.group, matrix.bits);
+    matrix.wide_row_bytes = packed_bytes(matrix.wide_groups * matrix.group, matrix.wide_bits);
+    require(matrix.columns <= largest / matrix.rows, "a matrix is too large");
+    matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.rows * matrix.row_bytes));
+    matrix.wide = static_cast<const uint8_t*>(next_buffer(matrix.rows * matrix.wide_row_bytes));
+    matrix.flags = static_cast<const uint8_t*>(next_buffer(matrix.rows * ((matrix.groups + 7) / 8)));
+    matrix.scales = read_values(matrix, 0);
+    matrix.zeros = read_values(matrix, 0);
+    for (const Values* values : {&matrix.scales, &matrix.zeros}) {
+      const bool numbers = values->kind == Values::dense || values->kind == Values::coded || values->kind == Values::table;
+      require(numbers && values->ends == nullptr, "scales and zero points of groups of two widths must be numbers");
+      require((values->rows == 1 || values->rows == matrix.rows) && values->columns == matrix.groups, "scales or zero points do not fit the groups of a matrix");
+    }
     return matrix;
   }
 

@@ -70,6 +70,12 @@ int64_t task_rows(const Coded& matrix, int threads) {
   return std::max(matrix.rows / (16 * threads) / least * least, least);
 }
 
+const char* what_is_broken(const Coded& matrix) {
+  if (matrix.form == Coded::vectors) return "a code has no codeword";
+  if (matrix.form == Coded::mixed) return "rows have different numbers of wide groups";
+  return "a sparse matrix has entries outside of it";
+}
+
 int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 }  // namespace
@@ -114,7 +120,7 @@ void multiply(const Kernels& kernels, const Product& given, int threads) {
     job.kernels.multiply(job.product, job.prepared, first, last, job.scratch + worker * job.scratch_each);
   };
   run_tasks(threads, (product.matrix->rows + job.rows - 1) / job.rows, work, &job);
-  if (broken.load()) throw std::invalid_argument(product.matrix->form == Coded::vectors ? "a code has no codeword" : "a sparse matrix has entries outside of it");
+  if (broken.load()) throw std::invalid_argument(what_is_broken(*product.matrix));
 }
 
 void decode(const Kernels& kernels, const Coded& matrix, int64_t first, int64_t last, void* out, Number number, int threads) {

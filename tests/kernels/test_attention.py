@@ -79,9 +79,9 @@ def reach(segments, query: Tensor, scale: float) -> tuple[float, float]:
 
 
 def assert_agrees(query, keys, values, mask=None) -> None:
-    heads, scale, before = keys[0][0].plain().shape[1], query.shape[-1] ** -0.5, counts["attend"]
+    heads, scale, before = keys[0][0].plain().shape[1], query.shape[-1] ** -0.5, counts.copy()
     found = attend(query, keys, values, mask, scale, heads=heads)
-    assert counts["attend"] == before + 1 and found.dtype == query.dtype  # the kernel ran
+    assert (counts - before).keys() <= {"attend", "attend_dense"} and counts != before and found.dtype == query.dtype  # the kernel ran
     assert found.shape == (query.shape[0], query.shape[2], query.shape[1], query.shape[3])
     expected = define(query.double(), keys, values, mask, scale, heads=heads)
     for row in range(len(query)):

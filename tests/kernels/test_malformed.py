@@ -19,6 +19,7 @@ from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.dense import Dense
 from fewbits.formats.minifloat import E2M1, Minifloat
+from fewbits.formats.mixed_groups import MixedGroups
 from fewbits.formats.signed_product import SignedProduct
 from fewbits.formats.sparse import Sparse
 from fewbits.formats.ternary import Ternary
@@ -56,6 +57,13 @@ TERMS: dict[str, Callable[[], Term]] = {
     "signs": lambda: Binary.from_signs(_sample(ROWS, COLUMNS) - 0.6, _sample(ROWS, 6), _sample(ROWS, 6), group_size=16),
     "ternary": lambda: Ternary.from_signs(_codes(1, ROWS, COLUMNS), _sample(ROWS, 3), group_size=32),
     "factors with signs": lambda: SignedProduct.from_signs(_sample(ROWS, COLUMNS) - 0.6, _sample(ROWS, 3), _sample(3, COLUMNS)),
+    "groups of two widths": lambda: MixedGroups.from_codes(
+        _codes(2, ROWS, COLUMNS).to(torch.uint8),
+        torch.tensor([[True, False, False]]).expand(ROWS, -1),
+        *(Dense(_sample(ROWS, 3)) for _ in range(2)),
+        widths=(2, 4),
+        group_size=32,
+    ),
     "codewords": lambda: Additive.from_codes(_codes(5, ROWS, 12, 2), _sample(2, 32, 8), _sample(ROWS, 1)),
     "codewords down columns": lambda: Transposed(Additive.from_codes(_codes(4, COLUMNS, 3, 1), _sample(1, 11 + 5, 4).half())),
     "sparse": lambda: Sparse.from_dense(_sample(ROWS, COLUMNS), _sample(ROWS, COLUMNS) < 0.2),
@@ -104,7 +112,7 @@ def test_sizes_that_lie_are_refused_or_stay_inside(isa, name, data):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in TERMS if name not in ("sparse", "plain") and "words" not in name and "factors" not in name]
+    "name", [name for name in TERMS if not any(word in name for word in ("sparse", "plain", "words", "factors", "widths"))]
 )
 @SOME
 @given(data=st.data())

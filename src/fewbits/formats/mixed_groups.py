@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
+from fewbits.formats.coded import describe_numbers
 from fewbits.formats.packing import pack, unpack
+from fewbits.kernels import dispatch, layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,3 +66,16 @@ class MixedGroups(Term, kind="mixed_groups"):
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         scales, zeros = (one.decode().repeat_interleave(self.group_size, dim=1) for one in (self.scales, self.zero_points))
         return ((self.unpacked_codes().float() - zeros) * scales).to(dtype)
+
+    def matmul(self, inputs: Tensor) -> Tensor:
+        found = dispatch.multiply(self._described(), inputs)
+        return super().matmul(inputs) if found is None else found
+
+    def _described(self) -> layout.Description | None:
+        """As kernels read it; None where they cannot."""
+        scales, zeros = describe_numbers(self.scales), describe_numbers(self.zero_points)
+        if scales is None or zeros is None or not self.flags.numel():
+            return None
+        wide = int(unpack(self.flags[:1], 1, self.columns // self.group_size).sum())
+        sizes = (self.narrow_bits, self.wide_bits, wide)
+        return layout.mixed_groups((self.narrow, self.wide, self.flags), self.columns, self.group_size, sizes, (scales, zeros))

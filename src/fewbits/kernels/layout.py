@@ -1,7 +1,7 @@
 """How a matrix of packed codes is described to the kernels: its tensors in order, and a list of sizes that says what they are.
 
 value = (code - zero) * scale, levels[code] * scale, or (2 code - 1) * scale + offset; scales, zero points and offsets lie
-`[rows or 1, groups]`, levels `[rows or 1, (groups or 1) * 2**bits]`. The order is that of `read_coded` in csrc/bindings.cpp, which
+`[rows or 1, groups]`, levels `[rows or 1, (groups or 1) * 2**bits]`. The order is that of `read_coded` in csrc/reader.h, which
 checks every size.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from fewbits.kernels.native import number
 
 NONE, DENSE, PACKED, CODED, TABLE, SIGNS, RUNS = range(7)
-PLAIN, SPARSE, VECTORS, SIGNED = 1, 2, 3, 4  # forms of other matrices, whose width is given as 0 bits
+PLAIN, SPARSE, VECTORS, SIGNED, MIXED = range(1, 6)  # forms of other matrices, whose width is given as 0 bits
 BASE_THREE = 9  # in the place of a width: codes of three values for -1, 0 and 1, five to a byte, the first one the lowest digit
 _UNITS = (4, 8, 16)  # numbers of a codeword that kernels know
 
@@ -109,8 +109,18 @@ def signed_product(bits: Tensor, left: Tensor, right: Tensor) -> Description | N
     return None if kind is None or left.dtype != right.dtype else Description((bits, left, right), (*sizes, kind, left.shape[1]))
 
 
+def mixed_groups(
+    codes: tuple[Tensor, Tensor, Tensor], columns: int, group: int, sizes: tuple[int, int, int], grid: tuple[Description, Description]
+) -> Description:
+    """Codes of narrow groups, of wide ones, and a bit for each group that says which; `sizes` are the two widths and how many groups of
+    a row are wide, `grid` scales and zero points.
+    """
+    tensors = sum((part.tensors for part in grid), start=codes)
+    return Description(tensors, sum((part.layout for part in grid), start=(codes[2].shape[0], columns, 0, MIXED, group, *sizes)))
+
+
 def has_codes(matrix: Description) -> bool:
-    """Whether a matrix is one of codes of single numbers, which can also be decoded."""
+    """Whether a matrix is one of codes of single numbers, of one width, which can also be decoded."""
     return matrix.layout[2] != 0
 
 
