@@ -9,6 +9,7 @@ from fewbits.core.remote import put_folder
 fsspec = pytest.importorskip("fsspec", reason="fsspec is not installed")
 
 
+@pytest.mark.slow
 def test_models_and_results_by_url(run, small_model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root, system = small_model(2), fsspec.filesystem("memory")

@@ -76,6 +76,7 @@ class OtherMachine:
             yield pickle.loads(done)
 
 
+@pytest.mark.slow
 def test_a_comparison_in_object_storage_is_that_of_a_folder(storage, small_model, tmp_path, monkeypatch):
     root = small_model(2)
     put_folder(root / "model", "memory://bucket/model")

@@ -59,6 +59,7 @@ PLANS = {
     "gradients": Plan(Squeezellm(bits=3)),
     "planned over the model": Plan(Mixllm(group_size=16)),
     "scales and activations": Plan(Smoothquant(bits=8)),
+    "embeddings": Plan(Gptq(bits=3, group_size=16), embeddings=Rtn(bits=4, group_size=16)),
 }
 
 
@@ -99,20 +100,21 @@ def test_options_tried_elsewhere_lose_the_same(learned, tmp_path, kind):
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
 
 
+@pytest.mark.slow
 def test_runs_made_elsewhere_are_the_same_files(small_model, tmp_path, monkeypatch):
     root = small_model(2)
     texts = {"calibration": TextSample(str(root / "text.txt"), 3, 16), "text": TextSample(str(root / "held.txt"), 3, 16)}
     settings = CompareSettings(repeats=2, samples=Samples(("def f",), 2), noise_windows=2)
     monkeypatch.chdir(root)
     for name, workers in {"here": ThisProcess(), "there": (elsewhere := Elsewhere())}.items():
-        methods = ["rtn:bits=3,group_size=16", "gptq:bits=3,group_size=16"]
+        methods = ["rtn:bits=3,group_size=16", "gptq:bits=3,group_size=16", "cbq:steps=2"]
         compare("model", methods, name, **texts, settings=settings, options=StreamOptions(workers=workers))
     timed = ("timing.json", "report.html", "table.md", "table.csv")
     here, there = contents(root / "here", timed), contents(root / "there", timed)
-    assert here == there and "compare.json" in here and len(elsewhere.sizes) == 3
+    assert here == there and "compare.json" in here and len(elsewhere.sizes) == 5
     assert not list((root / "there" / "work").glob("*"))
     compare("model", ["rtn:bits=3,group_size=16"], "there", **texts, settings=settings, options=StreamOptions(workers=elsewhere))
-    assert len(elsewhere.sizes) == 3  # nothing that is there is sent again
+    assert len(elsewhere.sizes) == 5  # nothing that is there is sent again
 
 
 def test_a_job_is_asked_for_when_its_result_is():

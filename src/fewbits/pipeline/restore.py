@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -82,6 +82,9 @@ class _Restored(ModelSource):
         super().__init__(source.name, source.path)
         self._source, self._store = source, store
         self._names = {f"{name}.weight" for name in store.state_names(_STATE)}
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a repaired model is in no file that another process could read it from")
 
     def parameter(self, name: str) -> Tensor:
         original = self._source.parameter(name)  # which may hold other embeddings than the folder
