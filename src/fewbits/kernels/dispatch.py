@@ -1,4 +1,6 @@
-"""Who computes: a native kernel where one serves the tensors at hand, or nobody, and the caller's torch definition does.
+"""Who computes: a kernel where one serves the tensors at hand, or nobody, and the caller's torch definition does.
+
+On the CPU they are the compiled ones (`native.py`), on a GPU those of `triton/`.
 
 The kernels are the custom operators `fewbits::multiply` and `fewbits::decode`, so that torch.compile keeps one graph.
 """
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from fewbits.kernels import native
 from fewbits.kernels.layout import Description, entries, has_codes, is_signed_product
+from fewbits.kernels.triton import gpu
 
 FEW_VECTORS = 32  # up to which codes are read as they are; above, a matrix product on decoded weights is faster
 _VECTORS_AT_ONCE = 256  # that matrices which are never decoded are multiplied with
@@ -26,7 +29,7 @@ counts: Counter[str] = Counter()  # how often each path computed in this process
 def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
     """`inputs [..., columns] @ W.T` in the dtype of the inputs; None where the definition must serve.
 
-    It must where gradients are asked for, on other devices, and where no kernel was built.
+    It must where gradients are asked for, on other devices, and where no kernel was built or, on a GPU, triton is missing.
     """
     if matrix is None or not _serves(matrix, inputs.dtype, (inputs, *matrix.tensors)):
         return None
@@ -42,6 +45,8 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
     if not has_codes(matrix):
         counts["definition"] += 1
         return None
+    if _on_gpu(inputs):  # kernels decode tiles where they multiply them
+        return function(inputs, matrix.tensors, matrix.layout)
     rows, columns = matrix.layout[:2]
     step = min(rows, max(1, _TILE_BYTES // (columns * inputs.element_size())))
     room = _room(step, columns, inputs.dtype) if plain else None
@@ -81,7 +86,19 @@ def _rows(matrix: Description, first: int, last: int, dtype: torch.dtype, room: 
 
 def _serves(matrix: Description, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> bool:
     there = min(matrix.layout[:2]) > 0 and all(tensor.is_contiguous() for tensor in matrix.tensors)
+    if there and _on_gpu(tensors[0]):
+        return counted(_usable_on_gpu(matrix, dtype, tensors))
     return counted(there and usable(dtype, tensors))
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type in gpu.DEVICES
+
+
+def _usable_on_gpu(matrix: Description, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> bool:
+    if native.number(dtype) is None or any(one.device != tensors[0].device for one in tensors):
+        return False
+    return gpu.serves(matrix.layout) and not _gradients_are_asked_for(tensors)
 
 
 def counted(served: bool) -> bool:
@@ -95,7 +112,11 @@ def usable(dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> bool:
     """Whether kernels compute with numbers of this dtype and these tensors: on the CPU, and where no gradient is asked for."""
     if native.number(dtype) is None or not _native_is_chosen() or any(tensor.device.type != "cpu" for tensor in tensors):
         return False
-    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    return not _gradients_are_asked_for(tensors)
+
+
+def _gradients_are_asked_for(tensors: tuple[Tensor, ...]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 @torch.compiler.assume_constant_result
@@ -104,9 +125,11 @@ def _native_is_chosen() -> bool:
 
 
 def _multiply(inputs: Tensor, tensors: list[Tensor] | tuple[Tensor, ...], layout: list[int] | tuple[int, ...]) -> Tensor:
+    counts["multiply"] += 1
+    if _on_gpu(inputs):
+        return gpu.multiply(tensors, layout, inputs)
     isa = native.chosen()
     assert isa is not None
-    counts["multiply"] += 1
     return native.multiply(isa, tensors, layout, inputs)
 
 
@@ -118,17 +141,20 @@ def _decode(
     dtype: torch.dtype,
     outputs: Tensor | None = None,
 ) -> Tensor:
+    counts["decode"] += 1
+    if _on_gpu(tensors[0]):
+        return gpu.decode(tensors, layout, (first, last), dtype)
     isa = native.chosen()
     assert isa is not None
-    counts["decode"] += 1
     return native.decode(isa, tensors, layout, (first, last), dtype, outputs)
 
 
 _LIBRARY = torch.library.Library("fewbits", "DEF")
 _LIBRARY.define("multiply(Tensor inputs, Tensor[] tensors, int[] layout) -> Tensor")
 _LIBRARY.define("decode(Tensor[] tensors, int[] layout, int first, int last, ScalarType dtype) -> Tensor")
-_LIBRARY.impl("multiply", _multiply, "CPU")
-_LIBRARY.impl("decode", _decode, "CPU")
+for _key in ("CPU", "CUDA"):
+    _LIBRARY.impl("multiply", _multiply, _key)
+    _LIBRARY.impl("decode", _decode, _key)
 _multiply_op = torch.ops.fewbits.multiply.default
 _decode_op = torch.ops.fewbits.decode.default
 

@@ -35,8 +35,9 @@ def reach(term: Uniform) -> Tensor:
 @pytest.mark.parametrize("zeros", ["symmetric", "integer", "real"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_width_meets_every_grid_shape_dtype_and_batch(assert_agrees, bits, zeros):
-    for place, shape in enumerate(SHAPES):
-        turn = place + bits + len(zeros)  # so that each dtype and batch meets each width, shape and kind of zero points
+    half = (bits + len(zeros)) % 2  # of the shapes: every width meets both halves
+    for place, shape in list(enumerate(SHAPES))[half::2]:
+        turn = place + bits + len(zeros)  # so that dtypes and batches go round
         term = uniform(bits, shape, zeros, DTYPES[turn % 3], shared=turn % 5 == 0)
         inputs = torch.randn(VECTORS[turn % 7], shape[1], generator=torch.Generator().manual_seed(place)).to(DTYPES[turn // 3 % 3])
         assert_agrees(term, inputs, reach(term))
@@ -44,7 +45,7 @@ def test_every_width_meets_every_grid_shape_dtype_and_batch(assert_agrees, bits,
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_decoding_is_bit_for_bit_the_definition(on_gpu, bits):
-    for place, shape in enumerate(SHAPES[bits % 2 :: 2]):
+    for place, shape in enumerate(SHAPES[bits % 4 :: 4]):
         term = uniform(bits, shape, ("symmetric", "integer", "real")[(place + bits) % 3], DTYPES[(place + bits) % 2])
         dtype = DTYPES[place % 3]
         assert torch.equal(term.decode(dtype), term.define(dtype))
