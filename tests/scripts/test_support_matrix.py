@@ -31,7 +31,7 @@ def test_rows_are_what_the_formats_say_now(script):
     assert made["gptq, activation_order=true"] == {
         "method": "gptq, activation_order=true",
         "stored": "uniform, permutation of inputs",
-        **{name: "yes" if name in ("dense", "gptq", "peft") else "no" for name in list_targets()},
+        **{name: "yes" if name in ("dense", "gptq", "onnx", "peft") else "no" for name in list_targets()},
     }
     assert all(committed()[name] == row for name, row in made.items())
 
