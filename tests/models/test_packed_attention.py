@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from fewbits import caches
 from fewbits.kernels import native
@@ -10,7 +10,7 @@ from fewbits.methods.kvcache.kivi import Kivi
 from fewbits.methods.kvcache.zipcache import Zipcache
 from fewbits.models.attention_probe import watch_attention
 from fewbits.models.hf_cache import CompressedCache, cache_keyword
-from fewbits.models.packed_attention import FEW_TOKENS, PackedStates, read_packed
+from fewbits.models.packed_attention import FEW_TOKENS, PackedStates, attend_natively
 
 SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "initializer_range": 0.2}
 METHOD = Kivi(bits=4, group_size=8, residual=8)
@@ -122,7 +122,7 @@ def test_other_attentions_are_left_alone():
 def test_a_model_without_such_a_cache_is_as_it_was():
     model = small()
     before = model(input_ids=TOKENS, attention_mask=MASK).logits
-    assert read_packed(model) and read_packed(model)
+    assert attend_natively(model) and attend_natively(model)
     assert torch.equal(model(input_ids=TOKENS, attention_mask=MASK).logits, before)
 
 
@@ -144,7 +144,32 @@ def test_whatever_else_is_done_with_a_stand_in_sees_numbers():
     model.set_attn_implementation("sdpa")
     found, ran = count_of(lambda: logits(model, cache))
     assert "attend" not in ran and ran["attend_decoded"] > 0
-    assert torch.equal(found, logits(model, read_dense(model, METHOD)))
+    torch.testing.assert_close(found, logits(model, read_dense(model, METHOD)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("key_heads", [8, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_dense_keys_and_values_of_a_few_new_tokens_are_the_kernels_too(key_heads, dtype):
+    """Padding at the left, steps of one token and of several, prompts of more than a few as before."""
+    plain, native_one = small(key_heads=key_heads).to(dtype), small(key_heads=key_heads).to(dtype)
+    assert attend_natively(native_one)
+    pieces = (30, 1, 1, 3, FEW_TOKENS, FEW_TOKENS + 1)
+    expected = logits(plain, DynamicCache(config=plain.config), pieces)
+    before = counts["attend_dense"]
+    found = logits(native_one, DynamicCache(config=plain.config), pieces)
+    assert counts["attend_dense"] - before == 2 * 4  # layers, pieces of at most a few tokens
+    text = MASK[:, : sum(pieces)].bool()
+    tolerance = {"rtol": 1e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05 * float(expected.abs().max())}
+    torch.testing.assert_close(found[text], expected[text], **tolerance)
+
+
+def test_gradients_take_torchs_own():
+    model = small()
+    assert attend_natively(model)
+    before = counts["attend_dense"]
+    model(input_ids=TOKENS[:, :4], use_cache=False).logits.sum().backward()
+    assert counts["attend_dense"] == before and model.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
 
 
 @torch.no_grad()

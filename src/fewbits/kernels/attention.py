@@ -45,6 +45,12 @@ def serves(matrix: Description | None) -> bool:
     return 1 <= bits <= 8 and grid and (group >= columns or group % (8 if bits <= 4 else 4) == 0)
 
 
+def can_run(query: Tensor) -> bool:
+    """Whether the kernel was built, and computes with queries of this dtype and width, here."""
+    whole = query.shape[-1] % 8 == 0 and native.number(query.dtype) is not None and query.device.type == "cpu"
+    return whole and native.extension() is not None and native.chosen() is not None
+
+
 def attend(query: Tensor, keys: Side, values: Side, mask: Tensor | None, scale: float, *, heads: int) -> Tensor:
     """softmax(query keys^T * scale, of what the mask leaves) values: `[batch, queries, query heads, width]`, summed in float32.
 
@@ -52,11 +58,11 @@ def attend(query: Tensor, keys: Side, values: Side, mask: Tensor | None, scale: 
     `mask [batch or 1, queries, tokens]`: bool, what is seen, or numbers that are added to the scores. Where nothing is seen it is 0.
     """
     extension, isa = native.extension(), native.chosen()
-    whole = query.shape[-1] % 8 == 0 and native.number(query.dtype) is not None and query.device.type == "cpu"
-    if extension is None or isa is None or not whole:
+    if extension is None or isa is None or not can_run(query):
         counts["definition"] += 1
         return define(query, keys, values, mask, scale, heads=heads)
-    counts["attend"] += 1
+    packed = any(segment.matrix is not None for side in (keys, values) for row in side for segment in row)
+    counts["attend" if packed else "attend_dense"] += 1
     call = _Call()
     query = query.contiguous()
     output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])

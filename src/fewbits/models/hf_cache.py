@@ -19,7 +19,7 @@ from fewbits.core.errors import InputError, NumericsError
 from fewbits.core.tensor import CompressedTensor
 from fewbits.models.attention_probe import watch_attention
 from fewbits.models.cache_side import SideState, decode_together
-from fewbits.models.packed_attention import FEW_TOKENS, PackedStates, read_packed
+from fewbits.models.packed_attention import FEW_TOKENS, PackedStates, attend_natively
 from fewbits.models.projection_probe import Projection, watch_projections, with_handed
 from fewbits.models.rotary import Rotary
 from fewbits.models.sequences import Sequences
@@ -266,7 +266,7 @@ class CompressedCache(Cache):
             raise InputError(f"{type(model).__name__} has no layer of full attention whose keys and values could be compressed")
         super().__init__(layers=layers)
         _watch(model)
-        if method.rotated_keys and not method.uses_inputs and not method.uses_salience and read_packed(model):
+        if method.rotated_keys and not method.uses_inputs and not method.uses_salience and attend_natively(model):
             for layer in self.compressed():
                 layer.packed = True
         if method.uses_salience:

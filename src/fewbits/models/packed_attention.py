@@ -1,7 +1,8 @@
-"""Attention that reads packed keys and values as they lie, in the place of a model's own at the steps of a few tokens.
+"""Attention by the native kernel in the place of a model's own at the steps of a few tokens.
 
-A cache then gives the model stand-ins that have a shape and no numbers. The attention function that is registered here knows them;
-whatever else is done with one has all of its numbers read first, as if it had been there all along.
+Dense keys and values are read where they are, packed ones as they lie: a cache of few bits gives the model stand-ins that have a shape
+and no numbers. The attention function that is registered here knows them; whatever else is done with one has all of its numbers read
+first, as if it had been there all along.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fewbits.core.cache_method import Side
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.coded import Coded
 from fewbits.formats.transposed import Transposed
-from fewbits.kernels.attention import Segment, attend, serves
+from fewbits.kernels.attention import Segment, attend, can_run, serves
 from fewbits.kernels.dispatch import counts
 from fewbits.kernels.layout import Description
 from fewbits.models.attention_exchange import exchange_attention
@@ -108,8 +109,11 @@ def _decoded(run: CompressedTensor, heads: int) -> Tensor:
     return run.decode().view(run.shape[0], heads, -1)
 
 
-def read_packed(model: PreTrainedModel) -> bool:
-    """Have `model`'s attention know packed keys and values from now on; False where its own is not one whose place this can take."""
+def attend_natively(model: PreTrainedModel) -> bool:
+    """Have `model` attend by the kernel from now on where few tokens are new, and know packed keys and values.
+
+    False where its own attention is not one whose place this can take.
+    """
     name = model.config._attn_implementation
     if name.startswith(_PREFIX) or _PREFIX + "sdpa" in name:
         return True
@@ -117,20 +121,32 @@ def read_packed(model: PreTrainedModel) -> bool:
         return False
     original = ALL_ATTENTION_FUNCTIONS[name]
 
-    def packed(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
-        if isinstance(key, PackedStates) and isinstance(value, PackedStates):
-            keys, values = key.segments(), value.segments()
-            lie_packed = any(segment.matrix is not None for row in (*keys, *values) for segment in row)
-            if lie_packed and key.shape == value.shape and _can_attend(module, query, key, attention_mask, options):
-                scale = options.get("scaling")
-                scale = query.shape[-1] ** -0.5 if scale is None else scale
-                mask = None if attention_mask is None else attention_mask[:, 0]
-                return attend(query, keys, values, mask, scale, heads=key.shape[1]), None
-            key, value = key.numbers(), value.numbers()
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+        sides = None
+        if key.shape == value.shape and _can_attend(module, query, key, attention_mask, options):
+            sides = _read_as_they_lie(query, key, value)
+        if sides is not None:
+            scale = options.get("scaling")
+            scale = query.shape[-1] ** -0.5 if scale is None else scale
+            mask = None if attention_mask is None else attention_mask[:, 0]
+            return attend(query, *sides, mask, scale, heads=key.shape[1]), None
+        key, value = (states.numbers() if isinstance(states, PackedStates) else states for states in (key, value))
         return original(module, query, key, value, attention_mask, **options)
 
-    exchange_attention(model, _PREFIX + name, packed)
+    exchange_attention(model, _PREFIX + name, attention)
     return True
+
+
+def _read_as_they_lie(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[list[Segment]], list[list[Segment]]] | None:
+    """Keys and values for the kernel: packed ones, or the few queries' dense ones; None where torch had better have them dense."""
+    if isinstance(key, PackedStates) and isinstance(value, PackedStates):
+        keys, values = key.segments(), value.segments()
+        return (keys, values) if any(segment.matrix is not None for row in (*keys, *values) for segment in row) else None
+    dense = type(key) is type(value) is type(query) is Tensor and query.shape[2] <= FEW_TOKENS and not torch.compiler.is_compiling()
+    if not dense or not can_run(query) or not key.device == value.device == query.device:
+        return None
+    found = ([[Segment(states.shape[1], partial(_same, states.transpose(0, 1)))] for states in side] for side in (key, value))
+    return next(found), next(found)
 
 
 def _can_attend(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fewbits.core.errors import InputError
 from fewbits.layers.linear import CompressedLayer, CompressedLinear
 from fewbits.models.experts import separate_experts
+from fewbits.models.packed_attention import attend_natively
 from fewbits.models.vocabulary import place_compressed
 
 
@@ -49,4 +50,5 @@ class FewbitsQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, CompressedLayer):
                 module.settle()
+        attend_natively(model)  # torch's own takes longer for one token of bfloat16 than all linears do
         return model
