@@ -18,6 +18,7 @@ from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.adapter import Adapter
 from fewbits.models.experts import SeparateExperts
 from fewbits.models.source import ModelSource, open_model
+from fewbits.models.vocabulary import Vocabulary
 
 Change = Callable[[str, StoredLinear], StoredLinear]  # a layer by its name to what is written in its place
 
@@ -66,6 +67,13 @@ class Contents:
         """Those of `names` that are outside of the blocks: embedding and head. A head that is tied to the embedding is not named."""
         blocks = tuple(f"{block}." for block in Adapter(self.shell).blocks)
         return tuple(name for name in self.names if not name.startswith(blocks))
+
+    @cached_property
+    def dense_tables(self) -> tuple[str, ...]:
+        """Names of embedding and head where they are dense, a tied head's too."""
+        found = Vocabulary.of(self.shell)
+        names = () if found is None else (found.embedding, found.head)
+        return tuple(name for name in names if name is not None and name not in self.names)
 
     def layers(self) -> Iterator[tuple[str, StoredLinear]]:
         """Name and stored value `[out, in]` of every compressed linear, one at a time; an `offset` is in the bias that `dense` gives."""

@@ -97,6 +97,8 @@ def compare(contents: Contents, read: Iterable[tuple[str, StoredLinear]]) -> Non
     """Raises FewbitsError where what was `read` of a written model is not, layer by layer, what was to be written."""
     missing = set(contents.names)
     for name, again in read:
+        if name not in missing and name in contents.dense_tables:
+            continue  # the format was asked to round what stayed dense
         stored = contents.layer(name)
         if not torch.allclose(again.weight.decode(), stored.weight.decode(), rtol=_CLOSE, atol=0):
             raise FewbitsError(f"{name} does not read back as it was written")

@@ -13,10 +13,9 @@ from fewbits.export.contents import Contents
 from fewbits.formats.block_grid import GRIDS
 from fewbits.layers.linear import StoredLinear
 from fewbits.models.gguf.architecture import ROTARY_FACTORS, Architecture, Setting, rotary_factors
+from fewbits.models.gguf.tensors import TABLES
 from fewbits.models.gguf.terms import Blocks, held, plain
 from fewbits.solvers.block_levels import round_to_blocks
-
-_EMBEDDINGS = ("token_embd.weight", "output.weight")
 
 
 def tensors_of(
@@ -33,7 +32,7 @@ def tensors_of(
             continue
         written = _tensor_name(architecture, name)
         values = _oriented(contents.shell, name, tensor)
-        blocks = _embedding(values, embedding, name) if written in _EMBEDDINGS else plain(_precision(values, written in architecture.plain))
+        blocks = _embedding(values, embedding, name) if written in TABLES else plain(_precision(values, written in architecture.plain))
         yield written, blocks.ordered(architecture.row_order(name, len(values), settings))
     factors = rotary_factors(contents.source.config)
     if factors is not None:

@@ -38,6 +38,7 @@ class Gguf(Target):
     readers: ClassVar[str] = "llama.cpp and what is built on it; transformers, which makes it dense"
     extra: ClassVar[str | None] = "gguf"
     single_file: ClassVar[bool] = True
+    holds_tables: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         get_grid(self.nearest)

@@ -18,6 +18,7 @@ from fewbits.models.gguf.file import GgufFile
 from fewbits.models.gguf.terms import PLAIN, Blocks, read_term
 
 _BY_NUMBER = {kind.number: kind for kind in TYPES.values()}
+TABLES = ("token_embd.weight", "output.weight")  # of embedding and head
 _DTYPES = {number: dtype for dtype, number in PLAIN.items()}
 
 
@@ -57,7 +58,7 @@ class GgufTensors:
         return found
 
     def layers(self) -> Iterator[tuple[str, StoredLinear]]:
-        """The linears of blocks that are stored as block types, by the names of the model's modules."""
+        """What is stored as block types of the blocks' linears, the embedding and the head, by the names of the model's modules."""
         for name in self.names:
             blocks = self._blocks(name)
             if self._is_layer(name, blocks):
@@ -83,8 +84,9 @@ class GgufTensors:
         return self.architecture.name == "gpt2" and ".h." in name and values.ndim == 2
 
     def _is_layer(self, name: str, blocks: Blocks) -> bool:
-        inside = self.names[name].startswith("blk.") and name.endswith(".weight")
-        return inside and len(blocks.shape) == 2 and blocks.type_number not in _DTYPES
+        written = self.names[name]
+        weight = written in TABLES or (written.startswith("blk.") and name.endswith(".weight"))
+        return weight and len(blocks.shape) == 2 and blocks.type_number not in _DTYPES
 
 
 def values_of(blocks: Blocks) -> Tensor:
