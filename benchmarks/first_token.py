@@ -56,11 +56,12 @@ def run(folder: Path, threads: int, cold: bool) -> dict:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def summary(rounds: list[dict], size: int) -> dict:
-    """Medians and quartiles of the seconds, medians of the memory over the file's size."""
+def summary(cache: str, rounds: list[dict], size: int) -> dict:
+    """A row of the table, of medians, and the quartiles of the seconds."""
     seconds = {name: quartiles([one["seconds"][name] for one in rounds]) for name in rounds[0]["seconds"]}
-    memory = {name: quartiles([one["memory"][name] / size for one in rounds])["median"] for name in rounds[0]["memory"]}
-    return {"seconds": seconds, "memory_over_file": memory}
+    memory = {f"{name}_over_file": quartiles([one["memory"][name] / size for one in rounds])["median"] for name in rounds[0]["memory"]}
+    medians = {f"{name}_seconds": one["median"] for name, one in seconds.items()}
+    return {"cache": cache, "file_MB": size / 1e6, **medians, **memory, "quartiles": seconds}
 
 
 def main() -> None:
@@ -86,8 +87,8 @@ def main() -> None:
         "rounds": arguments.rounds,
         "threads": arguments.threads,
     }
-    record = {"settings": settings, "file_bytes": size, **{kind: summary(found, size) for kind, found in rows.items()}}
-    record |= {"versions": versions(), "machine": platform.machine()}
+    table = [summary(kind, found, size) for kind, found in rows.items()]
+    record = {"settings": settings, "rows": table, "versions": versions(), "machine": platform.machine()}
     print(json.dumps(record, indent=1))
     arguments.result.parent.mkdir(parents=True, exist_ok=True)
     arguments.result.write_text(json.dumps(record, indent=1) + "\n")
