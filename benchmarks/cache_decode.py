@@ -268,8 +268,11 @@ def main() -> None:
         print(json.dumps(measure_memory(arguments.memory_of, arguments.layers, MEASURED_TOKENS, arguments.whole)))
         return
     models = {"dense float32": model_of(arguments.layers, torch.float32), "dense bfloat16": model_of(arguments.layers, torch.bfloat16)}
+    ours = {
+        kind: model_of(arguments.layers, model.dtype) for kind, model in models.items()
+    }  # caches of few bits change how a model attends
     names: dict[str, LlamaForCausalLM] = dict(models) | {
-        name: models["dense bfloat16" if "bfloat16" in name else "dense float32"] for name in KIVI
+        name: ours["dense bfloat16" if "bfloat16" in name else "dense float32"] for name in KIVI
     }
     if quanto_is_there():
         names["transformers quanto 4 bit"] = models["dense float32"]

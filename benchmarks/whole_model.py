@@ -10,6 +10,7 @@ numbers, in a Python that has llama-cpp-python, in the same rounds: `--write FOL
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import tempfile
@@ -27,6 +28,7 @@ from fewbits.evaluation.speed import densified, measure_models, quartiles
 from fewbits.export.checkpoint import write_checkpoint
 from fewbits.formats.uniform import Uniform
 from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.models.packed_attention import attend_natively
 from fewbits.models.source import open_model
 
 SHAPE = {"vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 32}
@@ -54,6 +56,21 @@ def random_model(dtype: torch.dtype, blocks: int = SHAPE["num_hidden_layers"]) -
         setattr(model.get_submodule(owner), last, nn.Parameter(value.to(dtype), requires_grad=False))
     model.model.rotary_emb = LlamaRotaryEmbedding(config)
     return model
+
+
+class WithDigits(nn.Module):
+    """`model`, whose kernels round inputs to `digits` bytes where they compute in fixed point: one is what llama.cpp does."""
+
+    def __init__(self, model: nn.Module, digits: int) -> None:
+        super().__init__()
+        self.model, self.digits = model, digits
+
+    def forward(self, *arguments: object, **named: object) -> object:
+        os.environ["FEWBITS_INPUT_DIGITS"] = str(self.digits)
+        try:
+            return self.model(*arguments, **named)
+        finally:
+            del os.environ["FEWBITS_INPUT_DIGITS"]
 
 
 def write(folder: Path, model: nn.Module) -> None:
@@ -110,6 +127,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ours = random_model(getattr(torch, arguments.dtype))
+    attend_natively(ours)  # as in a compressed folder that is loaded
     if arguments.write is not None:
         write(arguments.write, ours)
         return
@@ -120,7 +138,8 @@ def main() -> None:
     prompt = torch.randint(SHAPE["vocab_size"], (1, arguments.prompt))
     theirs: list[tuple[float, list[float]]] = []
     rounds: list[dict] = []
-    models = {"fewbits, 4 bit": lambda: ours, "torch, bfloat16": lambda: densified(ours)}
+    models = {"fewbits, 4 bit": lambda: ours, "fewbits, 4 bit, 8-bit inputs": lambda: WithDigits(ours, 1)}
+    models["torch, bfloat16"] = lambda: densified(ours)
     results, made = measure_models(models, prompt, steps=2, rounds=1)  # warm
     for _ in range(arguments.rounds):
         again, _made = measure_models(
@@ -145,7 +164,7 @@ def main() -> None:
         ratios = {key: first[key]["median"] / row[key]["median"] for key in ("decode_tokens_per_second", "prefill_tokens_per_second")}
         row["fewbits_times_as_fast"] = {"decode": ratios["decode_tokens_per_second"], "prefill": ratios["prefill_tokens_per_second"]}
         print(
-            f"{name:18}{row['decode_tokens_per_second']['median']:9.2f} tokens/s, prompt {row['prefill_tokens_per_second']['median']:8.1f}",
+            f"{name:30}{row['decode_tokens_per_second']['median']:9.2f} tokens/s, prompt {row['prefill_tokens_per_second']['median']:8.1f}",
             ratios,
         )
     settings = {"shape": SHAPE, "group_size": GROUP, "dtype": arguments.dtype, "prompt": arguments.prompt, "steps": arguments.steps}

@@ -10,7 +10,7 @@ from fewbits.methods.kvcache.kivi import Kivi
 from fewbits.methods.kvcache.zipcache import Zipcache
 from fewbits.models.attention_probe import watch_attention
 from fewbits.models.hf_cache import CompressedCache, cache_keyword
-from fewbits.models.packed_attention import FEW_TOKENS, PackedStates, attend_natively
+from fewbits.models.packed_attention import FEW_TOKENS, PackedStates, attend_by_itself, attend_natively
 
 SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 2, "initializer_range": 0.2}
 METHOD = Kivi(bits=4, group_size=8, residual=8)
@@ -124,6 +124,8 @@ def test_a_model_without_such_a_cache_is_as_it_was():
     before = model(input_ids=TOKENS, attention_mask=MASK).logits
     assert attend_natively(model) and attend_natively(model)
     assert torch.equal(model(input_ids=TOKENS, attention_mask=MASK).logits, before)
+    attend_by_itself(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 @torch.no_grad()

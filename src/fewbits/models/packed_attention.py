@@ -137,6 +137,13 @@ def attend_natively(model: PreTrainedModel) -> bool:
     return True
 
 
+def attend_by_itself(model: PreTrainedModel) -> None:
+    """Undoes `attend_natively`."""
+    name = model.config._attn_implementation
+    if _PREFIX in name:
+        model.set_attn_implementation(name.replace(_PREFIX, ""))
+
+
 def _read_as_they_lie(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[list[Segment]], list[list[Segment]]] | None:
     """Keys and values for the kernel: packed ones, or the few queries' dense ones; None where torch had better have them dense."""
     if isinstance(key, PackedStates) and isinstance(value, PackedStates):
