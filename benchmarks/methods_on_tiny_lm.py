@@ -71,7 +71,7 @@ SETTINGS = {
         {"outlier_share": 0.03, "outlier_vector": 1, "outlier_entries": 16},
     ],
     "aqlm": [{}, {"steps": 0}, {"books": 1, "book_bits": 8, "group_size": 4}, {"books": 2, "book_bits": 6}],
-    "pv_tuning": [{}, {"codes": "none"}, {"codes": "all", "code_rate": 0.01}],
+    "pv_tuning": [{}, {"share": 0.12}, {"codes": "none"}, {"codes": "all", "code_rate": 0.01}],
     "svdquant": [
         {},
         {"branch_rank": 0},
@@ -93,11 +93,8 @@ SETTINGS = {
         {"tune_steps": 200, "batch_size": 2, "core_bits": 8},
         {"tune_steps": 200, "batch_size": 2, "sites": 3},
     ],
-    "jlcm": [
-        {"bits": bits} | change
-        for bits in (3, 2)
-        for change in ({}, {"steps": 0}, {"groups": 1, "steps": 0}, {"gradient": "default"}, {"mode": "scales"})
-    ],
+    "jlcm": [{"bits": 3} | change for change in ({}, {"steps": 0}, {"groups": 1, "steps": 0}, {"gradient": "default"}, {"mode": "scales"})]
+    + [{"bits": 2} | change for change in ({}, {"steps": 0}, {"mapping_rate": 0.02})],
     "lq_lora": [{}, {"weighting": "none"}, {"iterations": 0, "weighting": "none"}, {"budget": 2.5}],
     "layerwise": [
         *({"budget": 3.25} | change for change in ({}, {"measure": "zd"}, {"order": "reverse"})),
