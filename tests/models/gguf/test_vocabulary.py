@@ -105,6 +105,35 @@ def test_other_names_and_defaults_of_llama_cpp_are_known(tmp_path):
     assert "ignore_merges" in made.backend_tokenizer.to_str() and '"ignore_merges":true' in made.backend_tokenizer.to_str()
 
 
+def test_sentencepiece_merges_by_scores(tmp_path):
+    """By hand: the best of all pairs first, a space before the text, bytes for what is no token."""
+    pieces = {"▁": -100, "a": -101, "b": -102, "c": -103, "ab": -1, "▁a": -3, "▁ab": -2, "abc": -4}
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 259 + [float(score) for score in pieces.values()])
+    writer.add_token_types([2, 3, 3] + [6] * 256 + [1] * len(pieces))
+    for name, number in (("bos", 1), ("eos", 2), ("unknown", 0)):
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
+    writer.add_add_bos_token(True)
+    for name in ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count"):
+        writer.add_uint32(f"llama.{name}", 8)  # transformers looks at these too
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    made = tokenizer_of(GgufFile(tmp_path / "one.gguf"))
+    for text, found in (("abc", ["<s>", "▁ab", "c"]), ("a b", ["<s>", "▁a", "▁", "b"]), ("aé", ["<s>", "▁a", "<0xC3>", "<0xA9>"])):
+        assert [tokens[number] for number in made(text)["input_ids"]] == found
+
+
+def test_a_file_without_a_tokenizer_says_so(tmp_path):
+    write_file(tmp_path / "one.gguf", {"general.architecture": "llama"}, None, lambda: [("token_embd.weight", plain(torch.zeros(2, 2)))])
+    with pytest.raises(InputError, match=r"one\.gguf holds no tokenizer"):
+        tokenizer_of(GgufFile(tmp_path / "one.gguf"))
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

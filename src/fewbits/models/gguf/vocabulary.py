@@ -40,6 +40,8 @@ class Vocabulary:
 def tokenizer_of(file: GgufFile) -> Any:
     """The tokenizer of a file, as transformers has it. Raises InputError where there is none or it cuts text in an unknown way."""
     kind = file.settings.get(f"{_KEY}model")
+    if kind is None:
+        raise InputError(f"{file.path} holds no tokenizer; a file of the whole model would be right")
     if kind == "gpt2":
         return _made(_vocabulary(file))
     try:  # SentencePiece, whose scores transformers turns into merges
