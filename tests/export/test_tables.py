@@ -2,6 +2,7 @@
 
 import json
 
+import jsonschema
 import pytest
 import torch
 import transformers as hf
@@ -10,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from fewbits import TextSample, api
 from fewbits.core.errors import InputError
+from fewbits.core.record import schema
 from fewbits.evaluation.speed import bytes_read, densified, measure_layers
 from fewbits.evaluation.streamed import StreamedModel
 from fewbits.export.checkpoint import read_tables, write_checkpoint
@@ -151,13 +153,14 @@ def test_a_dense_export_holds_the_decoded_tables(kind, request, tmp_path):
 
 @pytest.mark.slow
 def test_all_the_verbs_take_such_a_folder(first_blocks, tmp_path):
-    text, eight = TextSample("builtin:calibration", 2, 32), Rtn(bits=8, group_size=32)
-    plan = Plan(Rtn(bits=4, group_size=32), embeddings=eight)
-    record = api.compress(first_blocks, plan, tmp_path / "out", calibration=text, probe=TextSample("builtin:heldout", 2, 32))
+    (tmp_path / "text.txt").write_text("".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(40)))
+    sample = TextSample(str(tmp_path / "text.txt"), 2, 32)
+    plan = Plan(Rtn(bits=4, group_size=32), embeddings=Rtn(bits=8, group_size=32))
+    record = api.compress(first_blocks, plan, tmp_path / "out", calibration=sample, probe=sample)
+    jsonschema.validate(record, schema())
     assert record["settings"]["plan"]["embeddings"]["bits"] == 8 and record["results"]["kept"] == {}
     assert record["results"]["file_bits_per_weight"] < 8 and record["results"]["probe"]["kl_mean"] > 0
     assert "Kept as they were: no matrices." in (tmp_path / "out" / "README.md").read_text()
-    sample = TextSample("builtin:heldout", 2, 32)
     streams = [api.evaluate(tmp_path / "out", reference=first_blocks, text=sample, streamed=one)["results"] for one in (False, True)]
     assert streams[0]["perplexity"] == pytest.approx(streams[1]["perplexity"], rel=1e-4)
     assert api.generate(tmp_path / "out", "def ", max_new_tokens=3).startswith("def ")
