@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from fewbits import api
 from fewbits.core.errors import InputError
 from fewbits.export.checkpoint import write_checkpoint
+from fewbits.export.stack import Stack
 from fewbits.methods.weights.rtn import Rtn
 from fewbits.models import conversion
 from fewbits.models.files import WholeFile, open_file, read_tensor
@@ -89,3 +90,14 @@ def test_files_are_closed_where_loading_fails(folder, monkeypatch):
     with pytest.raises(InputError, match="cut short"):
         api.load(folder)
     assert sorted(closed) == sorted(path.name for path in folder.glob("*.safetensors") if path != shard)
+
+
+def test_of_a_stack_no_file_is_read_whole(folder, monkeypatch):
+    """`memory` asks for a part, which is read tensor by tensor."""
+    seen = []
+    monkeypatch.setattr("fewbits.models.source.WholeFile", lambda path: seen.append(path))
+    with pytest.raises(InputError, match="is no stack"):
+        api.load(folder, memory="1MB")
+    monkeypatch.setattr("fewbits.export.checkpoint.read_stack", lambda _: Stack((), (0,)))
+    part = api.load(folder, memory="1MB")
+    assert seen == [] and all(not tensor.is_meta for tensor in (*part.parameters(), *part.buffers()))

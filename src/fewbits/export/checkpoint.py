@@ -163,8 +163,11 @@ def read_layer(source: ModelSource, layer: str, described: Mapping[str, Any]) ->
 def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32, memory: int | str | None = None) -> PreTrainedModel:
     """The model with its compressed layers in place, in eval mode; dense parameters in `dtype`; `memory` as in `read_layers`."""
     source = open_model(path)
+    layers = _layers(source, "", memory)
+    if memory is not None:  # of a stack no more is fetched than is loaded
+        return with_layers(source, layers, dtype)
     with source.read_whole():
-        return _put_together(source, _layers(source, "", memory), dtype)  # whose tensors are where kernels read fast
+        return _put_together(source, layers, dtype)  # whose tensors are where kernels read fast
 
 
 def with_layers(source: ModelSource, layers: Iterable[tuple[str, StoredLinear]], dtype: torch.dtype) -> PreTrainedModel:
