@@ -90,6 +90,10 @@ def test_missing_packages_are_named(monkeypatch):
     with pytest.raises(InputError, match=r"ONNX files need the package onnxscript; pip install 'fewbits\[onnx\]' would be right"):
         graph.package()
     monkeypatch.undo()
+    monkeypatch.setattr("onnxscript.__version__", "0.7.0")
+    with pytest.raises(InputError, match=r"onnxscript 0\.7\.0 writes wrong nodes for inputs in groups; 0\.7\.2 or later would be right"):
+        graph.package()
+    monkeypatch.undo()
     monkeypatch.delattr(torch.onnx, "ops")
     with pytest.raises(InputError, match=r"cannot write nodes of few bits; torch 2\.8 or later would be right"):
         graph.package()

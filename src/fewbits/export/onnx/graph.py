@@ -27,6 +27,7 @@ OPSET = 21  # the first with scales for blocks and numbers of four bits
 MODEL, DATA = "model.onnx", "model.onnx.data"
 PRODUCER = "fewbits"
 QUANTIZERS = "fewbits.quantizers"  # how the inputs of layers are rounded, which the graph computes, said once more for `reading`
+_ONNXSCRIPT = (0, 7, 2)
 _SMALL = 256  # numbers of an initializer that are not worth a node that widens them
 _BATCH, _TOKENS, _PAST = 2, 3, 5  # of the traced call; all three vary in the graph
 _PREFIX = "model."  # the traced module holds the model under this name
@@ -76,9 +77,12 @@ def package() -> tuple[ModuleType, ModuleType]:
     try:
         import onnx
         import onnx_ir
-        import onnxscript  # noqa: F401 - what torch traces with
+        import onnxscript  # what torch traces with
     except ImportError as error:
         raise InputError(f"ONNX files need the package {error.name}; pip install 'fewbits[onnx]' would be right") from error
+    if tuple(int(part) for part in onnxscript.__version__.split(".")[:3] if part.isdigit()) < _ONNXSCRIPT:
+        known = ".".join(map(str, _ONNXSCRIPT))
+        raise InputError(f"onnxscript {onnxscript.__version__} writes wrong nodes for inputs in groups; {known} or later would be right")
     if not hasattr(torch.onnx, "ops"):
         raise InputError(f"torch {torch.__version__} cannot write nodes of few bits; torch 2.8 or later would be right")
     return onnx, onnx_ir
