@@ -1,4 +1,4 @@
-"""The kernels outside of the interpreter: each form compiles for GPUs, and computes on one where one is at hand."""
+"""The kernels outside of the interpreter: calls are bound and compiled for GPUs, and computed on one where one is at hand."""
 
 import importlib.util
 import os
@@ -11,36 +11,55 @@ import torch
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 COMPILED = """
-import sys
-import triton
+import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fewbits.kernels import layout
-from fewbits.kernels.triton import products, structure
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from fewbits.formats.binary import Binary
+from fewbits.formats.codebook import Codebook
+from fewbits.formats.sparse import Sparse
+from fewbits.formats.ternary import Ternary
+from fewbits.formats.uniform import Uniform
+from fewbits.kernels import dispatch
+from fewbits.kernels.triton import gpu
 
-SIZES, STRIDES = ("i32",) * 3, ("i32",) * 4
+class NoDriver:  # of a GPU that is not there: what is compiled for it is not started
+    capability = 90
+    def get_current_target(self):
+        return GPUTarget("cuda", self.capability, 32)
+    def get_current_device(self):
+        return self.capability
+    def get_current_stream(self, device):
+        return 0
 
-def built(kernel, parts, constants, dtype="bf16", capability=90):
-    pointers = {"inputs": f"*{dtype}", "outputs": f"*{dtype}", "parts": parts, "strides": STRIDES, "sizes": SIZES}
-    kinds = {name: pointers.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=kinds, constexprs=constants)
-    found = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True})
+def compiled(kernel, *operands, grid, warmup, **options):
+    found = compile_and_start(kernel, *operands, grid=grid, warmup=True, **options)
     assert len(found.asm["cubin"]) > 1000
-    return found.asm["ptx"]
+    built.append((kernel.__name__, found.asm["ptx"]))
 
-half, few, many = ("*u8",) + ("*fp16",) * 3, {"VECTORS": 1, "ROWS": 8, "BLOCK": 256}, {"VECTORS": 16, "ROWS": 64, "BLOCK": 64}
-form = lambda bits, group, grid, scaled: {"BITS": bits, "GROUP": group, "GRID": grid, "SCALED": scaled}
-built(products.multiply_few, half, form(4, 128, structure.ZEROS, True) | few)
-built(products.multiply_few, half[:3] + ("*u8",), form(3, 32, structure.PACKED_ZEROS, True) | few | {"VECTORS": 8, "ROWS": 4}, "fp32", 80)
-built(products.multiply_few, half, form(7, 24, structure.BOOK_A_GROUP, True) | few, "fp16")
-built(products.multiply_few, half, form(1, 64, structure.SIGNS_AND_OFFSETS, True) | few)
-built(products.multiply_few, half, form(layout.BASE_THREE, 64, structure.MIDDLE, True) | few)
-ptx = built(products.multiply_many, half, form(2, 0, structure.ONE_BOOK, False) | many)
-assert "mma.sync" in ptx and "cvt.rn.bf16" in ptx  # on tensor cores; rounded to the nearest, which the interpreter has by hand
-built(products.multiply_many, ("*fp16",) * 4, form(0, 0, structure.NUMBERS, False) | many, "fp32")
-built(products.decode_rows, half, form(5, 64, structure.MIDDLE, True) | {"ROWS": 8, "BLOCK": 256})
-built(products.multiply_sparse, ("*fp16", "*i16", "*i32"), {"ROWS": 8, "BLOCK": 32})
-print("built", 9)
+driver.set_active(NoDriver())
+compile_and_start, JITFunction.run, gpu.DEVICES, built = JITFunction.run, compiled, ("cpu",), []
+matrix, generator = torch.randn(16, 256), torch.Generator().manual_seed(0)
+
+def uniform(bits, group):
+    codes, scales = torch.randint(2**bits, (16, 256), generator=generator), torch.ones(16, -(-256 // group)).half()
+    zeros = torch.randint(2**bits, scales.shape, generator=generator)
+    return Uniform.from_codes(codes, scales, zeros, bits=bits, group_size=group)
+
+three = torch.randint(8, (16, 256), generator=generator)
+uniform(4, 128).matmul(torch.ones(1, 256).bfloat16())
+uniform(4, 256).matmul(torch.ones(40, 256).bfloat16())
+uniform(7, 24).decode(torch.bfloat16)
+Codebook.from_codes(three, torch.randn(1, 8, 8), None, bits=3, group_size=32).matmul(torch.ones(2, 256))
+Binary.from_signs(matrix.sign(), torch.ones(16, 1), torch.ones(16, 1)).matmul(torch.ones(1, 256).half())
+Ternary.from_signs(three % 3 - 1).matmul(torch.ones(1, 256))
+Sparse.from_dense(matrix, matrix > 2).matmul(torch.ones(1, 256))
+NoDriver.capability = 80
+Uniform.from_codes(torch.ones(1, 1), torch.ones(1, 1), None, bits=4).matmul(torch.ones(1, 1))  # sizes of one are constants
+assert dispatch.counts["definition"] == 0
+ptx = built[1][1]  # on tensor cores, and rounded to the nearest, which is done by hand in the interpreter
+assert "mma" in ptx and "cvt.rn.bf16" in ptx
+print(*(name for name, _ in built))
 """
 
 ON_A_GPU = """
@@ -83,17 +102,18 @@ print("computed", len(terms))
 
 def run(program: str, folder) -> str:
     """What the program prints, in a process where kernels are compiled."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(folder)}
     path = folder / "program.py"  # Triton reads kernels' sources from files
     path.write_text(program)
-    ended = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment)
+    ended = subprocess.run([sys.executable, "-W", "error", str(path)], capture_output=True, text=True, env=environment)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout.strip()
 
 
 @pytest.mark.slow
-def test_every_form_compiles_for_two_generations_of_gpus(tmp_path):
-    assert run(COMPILED, tmp_path) == "built 9"
+def test_every_form_is_bound_and_compiles_for_two_generations_of_gpus(tmp_path):
+    few, many = "multiply_few", "multiply_many"
+    assert run(COMPILED, tmp_path).split() == [few, many, "decode_rows", few, few, few, "multiply_sparse", few]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

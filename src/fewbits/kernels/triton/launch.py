@@ -17,6 +17,7 @@ from fewbits.kernels.triton.structure import SparseRows, Structure, Table, read
 
 FEW_VECTORS = 8  # up to which weights are never rounded; above, tiles are, as tensor cores take them
 _COLUMNS_AT_ONCE = 256  # of a tile that few vectors are multiplied with
+_FUSED = {"enable_fp_fusion": True}  # a product and a sum are one instruction; Triton 3.9 warns where that is not said
 _TILE = 64  # rows and columns of a tile that many vectors are multiplied with
 
 
@@ -79,15 +80,16 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 def _multiply_coded(matrix: Structure, tensors: Sequence[Tensor], inputs: Tensor, outputs: Tensor) -> None:
     operands, vectors = _operands(matrix, tensors), inputs.numel() // matrix.columns
     if vectors <= FEW_VECTORS:
-        kernel, together = products.multiply_few, triton.next_power_of_2(vectors)
+        kernel, together, warps = products.multiply_few, triton.next_power_of_2(vectors), 4
         rows, block = (8 if together <= 4 else 4), min(_COLUMNS_AT_ONCE, max(16, triton.next_power_of_2(matrix.columns)))
     else:
-        kernel, together = products.multiply_many, min(_TILE, max(16, triton.next_power_of_2(vectors)))
+        # With half as many warps the registers of a thread do not hold its part of a tile.
+        kernel, together, warps = products.multiply_many, min(_TILE, max(16, triton.next_power_of_2(vectors))), 8
         rows = block = _TILE
     grid = (triton.cdiv(matrix.rows, rows), triton.cdiv(vectors, together))
     sizes = (vectors, matrix.rows, matrix.columns)
     tile = {"VECTORS": together, "ROWS": rows, "BLOCK": block}
-    kernel[grid](inputs, outputs, operands.parts, operands.strides, sizes, **operands.form, **tile)
+    kernel[grid](inputs, outputs, operands.parts, operands.strides, sizes, **operands.form, **tile, **_FUSED, num_warps=warps)
 
 
 def _multiply_sparse(matrix: SparseRows, tensors: Sequence[Tensor], inputs: Tensor, outputs: Tensor) -> None:
@@ -98,7 +100,7 @@ def _multiply_sparse(matrix: SparseRows, tensors: Sequence[Tensor], inputs: Tens
     rows, block = 8, 32
     grid = (inputs.numel() // matrix.columns, triton.cdiv(matrix.rows, rows))
     sizes = (matrix.rows, matrix.columns, matrix.entries)
-    products.multiply_sparse[grid](inputs, outputs, (values, indices, pointers), sizes, ROWS=rows, BLOCK=block)
+    products.multiply_sparse[grid](inputs, outputs, (values, indices, pointers), sizes, ROWS=rows, BLOCK=block, **_FUSED)
 
 
 def _decode(matrix: Structure, tensors: Sequence[Tensor], rows: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -110,7 +112,7 @@ def _decode(matrix: Structure, tensors: Sequence[Tensor], rows: tuple[int, int],
     block = min(_COLUMNS_AT_ONCE, max(16, triton.next_power_of_2(matrix.columns)))
     grid = (triton.cdiv(last - first, at_once), triton.cdiv(matrix.columns, block))
     sizes = (first, last, matrix.columns)
-    products.decode_rows[grid](outputs, operands.parts, operands.strides, sizes, **operands.form, ROWS=at_once, BLOCK=block)
+    products.decode_rows[grid](outputs, operands.parts, operands.strides, sizes, **operands.form, ROWS=at_once, BLOCK=block, **_FUSED)
     return outputs
 
 
