@@ -26,7 +26,12 @@ def compare(  # noqa: PLR0913 - a command has as many options as users need
     model: Model,
     output: Annotated[str, typer.Option("-o", "--output", help="Folder of the comparison; one that is there is added to.")],
     methods: Annotated[
-        list[str], typer.Option("-m", "--method", help="METHOD, METHOD:field=value,... or a recipe's .toml file; once for each.")
+        list[str],
+        typer.Option(
+            "-m",
+            "--method",
+            help="METHOD, METHOD:field=value,..., a recipe's .toml file, or a compressed ./FOLDER or FILE.gguf; once for each.",
+        ),
     ],
     bits: Annotated[str, typer.Option(help="Widths such as 2,3,4, for every method that has bits and does not set them.")] = "",
     baseline: Annotated[str | None, typer.Option(help="What the verdicts compare with; the first method, where none is named.")] = None,

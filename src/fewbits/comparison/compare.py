@@ -26,7 +26,7 @@ from fewbits.data.text import TextSample
 from fewbits.evaluation.fidelity import paired_interval, score
 from fewbits.evaluation.streamed import StreamedModel
 from fewbits.models.source import ModelSource, open_model
-from fewbits.pipeline.dense_pass import DensePass, reads_text
+from fewbits.pipeline.dense_pass import DensePass
 from fewbits.pipeline.feed import StreamOptions
 from fewbits.pipeline.preflight import Estimate, check_room
 from fewbits.reports.page import page
@@ -145,7 +145,7 @@ def _calibrations(
     options: StreamOptions,
 ) -> list[Calibration]:
     """One for each seed; none where no configuration looks at text."""
-    if not any(reads_text(one.plan) for one in configurations):
+    if not any(one.reads_text for one in configurations):
         return []
     seeded = [replace(sample, seed=sample.seed + number) for number in range(repeats)]
     drawn = [(one, *one.batch(source.tokenizer())) for one in seeded]
@@ -156,7 +156,7 @@ def _gather(configurations: Sequence[Configuration], calibrations: Sequence[Cali
     """Statistics of dense inputs: of the whole model for methods that take those, of the first block for all others."""
     original: set[type[Accumulator]] = set()
     propagated: set[type[Accumulator]] = set()
-    plans = [one.plan for one in configurations if reads_text(one.plan) and isinstance(one.plan.method, LayerMethod)]
+    plans = [one.plan for one in configurations if one.plan and one.reads_text and isinstance(one.plan.method, LayerMethod)]
     for plan in plans:
         inputs = options.inputs or plan.method.inputs
         needs = plan.needs()

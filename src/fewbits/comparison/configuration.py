@@ -12,24 +12,52 @@ from fewbits.core.config import configure, read_spec
 from fewbits.core.errors import InputError
 from fewbits.core.method import BlockMethod, LayerMethod, Method
 from fewbits.core.registry import get_method
+from fewbits.export.foreign import is_compressed
+from fewbits.models.source import open_model
+from fewbits.pipeline.dense_pass import reads_text
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.recipe import read_recipe
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of the table: `name` as it was asked for, and the `plan` that it stands for."""
+    """One row of the table: `name` as it was asked for, and the `plan` that it stands for, or the `place` of a compressed model.
+
+    What lies there was compressed before, here or by others, and is only measured.
+    """
 
     name: str
-    plan: Plan
+    plan: Plan | None
+    place: Path | None = None
 
     @property
     def slug(self) -> str:
         """The name as part of a file's name."""
         return re.sub(r"[^\w.=-]+", "_", self.name)[:60]
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text decides what comes out."""
+        return self.plan is not None and reads_text(self.plan)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able and complete: two configurations of equal descriptions are the same."""
+        if self.plan is not None:
+            return self.plan.describe()
+        assert self.place is not None
+        return {"place": str(self.place.absolute()), "content": open_model(self.place).fingerprint()}
+
+    def labels(self) -> dict[str, str]:
+        """What the table says of the method, its family and its paper."""
+        if self.plan is None:
+            return {"method": self.name, "family": "published", "paper": "compressed before"}
+        method = self.plan.method
+        return {"method": method.name(), "family": method.family(), "paper": method.paper.title}
+
     def arguments(self) -> list[str]:
-        """What `fewbits compress` is told to do the same."""
+        """What `fewbits compress` is told to do the same; nothing for what was compressed before."""
+        if self.plan is None:
+            return []
         if self.name.endswith(".toml"):
             return ["--recipe", self.name]
         method, values = read_spec(self.name)
@@ -37,7 +65,9 @@ class Configuration:
 
 
 def read_configurations(specs: Sequence[str], bits: Sequence[int] = ()) -> list[Configuration]:
-    """Configurations from "METHOD", "METHOD:field=value,..." or "RECIPE.toml"; each of `bits` for methods that have such a field.
+    """Configurations from "METHOD", "METHOD:field=value,...", "RECIPE.toml", or where a compressed model lies ("./FOLDER", "FILE.gguf").
+
+    Of methods that have the field, one for each of `bits`.
 
     A method that names its bits keeps them. Raises InputError for what is not known, compresses no linear layers, or is asked
     for twice.
@@ -55,6 +85,8 @@ def read_configurations(specs: Sequence[str], bits: Sequence[int] = ()) -> list[
 def _read(spec: str, bits: Sequence[int]) -> list[Configuration]:
     if spec.endswith(".toml"):
         return [Configuration(spec, read_recipe(Path(spec)))]
+    if spec.endswith(".gguf") or "/" in spec.partition(":")[0]:
+        return [_published(spec)]
     name, values = read_spec(spec)
     kind = get_method(name)
     if not issubclass(kind, (LayerMethod, BlockMethod)):
@@ -62,6 +94,14 @@ def _read(spec: str, bits: Sequence[int]) -> list[Configuration]:
     has_bits = "bits" in {field.name for field in fields(cast(Any, kind))} and "bits" not in values
     changes: list[dict[str, str]] = [{"bits": str(width)} for width in bits] if bits and has_bits else [{}]
     return [_configured(name, kind, values | change) for change in changes]
+
+
+def _published(spec: str) -> Configuration:
+    place = Path(spec)
+    if not place.exists() or not is_compressed(place):
+        what = "is not there" if not place.exists() else "is no compressed model"
+        raise InputError(f"{spec} {what}; a folder that compress or export wrote, a .gguf file, or a method's name would be right")
+    return Configuration(spec, None, place)
 
 
 def _configured(name: str, kind: type[Method], values: dict[str, str]) -> Configuration:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fewbits.comparison.configuration import Configuration
 from fewbits.data.text import TextSample
 from fewbits.models.source import ModelSource
-from fewbits.pipeline.dense_pass import DensePass, reads_text
+from fewbits.pipeline.dense_pass import DensePass
 from fewbits.pipeline.feed import StreamOptions
 from fewbits.pipeline.preflight import Estimate, batch_seconds, estimate_run
 from fewbits.statistics.hessian import Hessian
@@ -36,12 +36,14 @@ def estimate_comparison(
     calibration, held = texts[0].windows(tokenizer), texts[1].windows(tokenizer)
     found: dict[str, Estimate] = {}
     for one in configurations:
-        looks = reads_text(one.plan)  # who does not is given a single batch, as in the run
+        if one.plan is None:  # compressed before: it is only measured
+            continue
+        looks = one.reads_text  # who does not is given a single batch, as in the run
         given = options if looks else replace(options, inputs="original")
         single = estimate_run(source, one.plan, calibration if looks else calibration[: options.batch_size], given)
         found[one.name] = replace(single, seconds=single.seconds * (repeats if looks else 1))
-    passes = 1 + sum(repeats if reads_text(one.plan) else 1 for one in configurations)
-    memory = max(one.memory_bytes for one in found.values())
+    passes = 1 + sum(repeats if one.reads_text else 1 for one in configurations)
+    memory = max((one.memory_bytes for one in found.values()), default=0)
     return {**found, "measuring": _measuring(source, held, passes, memory, options)}
 
 

@@ -7,7 +7,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from fewbits.comparison.configuration import Configuration
 from fewbits.comparison.folder import Folder, Run, read_run
+from fewbits.comparison.published import open_published
 from fewbits.comparison.samples import Samples, write_on
 from fewbits.core.record import machine, peak_memory, restart_peak_memory, versions
 from fewbits.core.workers import ThisProcess, Workers
@@ -27,7 +29,7 @@ from fewbits.evaluation.streamed import ModelFromStates, StreamedModel
 from fewbits.layers.linear import CompressedLinear
 from fewbits.models.source import ModelSource
 from fewbits.models.vocabulary import place_compressed
-from fewbits.pipeline.dense_pass import DensePass, content_key, reads_text, tensor_hash
+from fewbits.pipeline.dense_pass import DensePass, content_key, tensor_hash
 from fewbits.pipeline.feed import StreamOptions
 from fewbits.pipeline.last_states import Replacements
 from fewbits.pipeline.stream import StreamSummary, compress_model
@@ -76,7 +78,7 @@ class Job:
     @cached_property
     def inputs(self) -> str | None:
         """What the statistics see, None where there are none."""
-        if self.configuration is None or self.calibration is None:
+        if self.configuration is None or self.configuration.plan is None or self.calibration is None:
             return None
         return self.bench.options.inputs or self.configuration.plan.method.inputs
 
@@ -87,7 +89,7 @@ class Job:
         mask = None if calibration is None else calibration.mask
         return {
             "format": _FORMAT,
-            "plan": None if self.configuration is None else self.configuration.plan.describe(),
+            "plan": None if self.configuration is None else self.configuration.describe(),
             "inputs": self.inputs,
             "calibration": None if calibration is None else tensor_hash(calibration.windows),
             "mask": None if mask is None else tensor_hash(mask.to(torch.uint8)),
@@ -106,7 +108,7 @@ class Job:
 
 def calibrated(configuration: Configuration, calibrations: list[Calibration]) -> list[Calibration | None]:
     """The calibrations that make a difference to a configuration: none of them, where it never looks at text."""
-    return [*calibrations] if reads_text(configuration.plan) else [None]
+    return [*calibrations] if configuration.reads_text else [None]
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,15 @@ def _run(job: Job, work: Path) -> Run:
     restart_peak_memory()
     spent = _Stopwatch()
     results: dict[str, Any] = {}
-    resumed, made = (work / "block-00000.json").exists(), None
-    if job.configuration is not None:
-        made = spent("compress", lambda: _compress(job, work))
-        results = _compressed(made)
+    resumed, configuration = (work / "block-00000.json").exists(), job.configuration
+    made: StreamSummary | PreTrainedModel | None = None
+    if configuration is not None and configuration.place is not None:
+        place = configuration.place
+        made, found = spent("load", lambda: open_published(job.bench.dense, place))
+        results = _shown(found)
+    elif configuration is not None:
+        summary = made = spent("compress", lambda: _compress(job, work))
+        results = _shown(summary.record())
     scores = spent("evaluate", lambda: _measure(job.bench, made))
     results |= summarize(scores, seed=job.bench.text.seed)
     model = _whole(job.bench.source, made) if job.bench.samples.tokens else None
@@ -188,7 +195,7 @@ class _Stopwatch:
 
 def _compress(job: Job, work: Path) -> StreamSummary:
     bench, calibration = job.bench, job.calibration
-    assert job.configuration is not None
+    assert job.configuration is not None and job.configuration.plan is not None
     options = replace(bench.options, moments=bench.dense.moment, workers=ThisProcess())  # a whole job is somebody's work already
     if calibration is None:  # the text decides nothing: what shows the groups of layers is the pass that is there anyway
         options, dense = replace(options, inputs="original"), bench.dense
@@ -197,9 +204,8 @@ def _compress(job: Job, work: Path) -> StreamSummary:
     return compress_model(bench.source, job.configuration.plan, text, work, options, calibration.mask, calibration.dense)
 
 
-def _compressed(made: StreamSummary) -> dict[str, Any]:
-    """The bits, and of each layer what the table and the report show."""
-    found = made.record()
+def _shown(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's record the bits, and of each layer what the table and the report show."""
     layers = {
         name: {"weights": one["weights"], "bits": sum(one["bits"].values()), "relative_error": one["relative_error"]}
         for name, one in found["layers"].items()
@@ -207,18 +213,22 @@ def _compressed(made: StreamSummary) -> dict[str, Any]:
     return {key: found[key] for key in ("bits_per_weight", "bits", "compressed_weights", "kept")} | {"layers": layers}
 
 
-def _measure(bench: Bench, made: StreamSummary | None) -> TokenScores:
-    """Scores against the dense model, one block in memory at a time; of the dense model its losses alone."""
+def _measure(bench: Bench, made: StreamSummary | PreTrainedModel | None) -> TokenScores:
+    """Scores against the dense model, one block in memory at a time where it was compressed here; of the dense model its losses alone."""
     if made is None:
         return score(bench.reference(), bench.windows)
+    if isinstance(made, PreTrainedModel):
+        return score(made, bench.windows, bench.reference())
     blocks = {name: index for index, name in enumerate(bench.dense.blocks)}
     replaced = Replacements(lambda name: made.store.layers(blocks[name]), made.replaced(), made.tables())
     model = StreamedModel(bench.source.name, bench.windows, dtype=bench.options.dtype, replaced=replaced)
     return score(model, bench.windows, bench.reference())
 
 
-def _whole(source: ModelSource, made: StreamSummary | None) -> nn.Module:
+def _whole(source: ModelSource, made: StreamSummary | PreTrainedModel | None) -> nn.Module:
     """The model in memory, with its compressed layers in place."""
+    if isinstance(made, PreTrainedModel):
+        return made
     stored = {} if made is None else dict(made.layers())
 
     def replace_linear(name: str, linear: nn.Module) -> nn.Module | None:

@@ -37,7 +37,6 @@ class Row:
     def measured(self) -> dict[str, Any]:
         """JSON-able: means over the runs, and what was said of each layer."""
         results = [record["results"] for record, _, _ in self.runs]
-        method = self.configuration.plan.method
         loss, error = fmean(one["loss"] for one in results), fmean(one["loss_stderr"] for one in results)
         layers = {
             name: {"weights": one["weights"], "bits_per_weight": one["bits"] / one["weights"]}
@@ -47,9 +46,7 @@ class Row:
         weights = results[0]["compressed_weights"]
         return {
             "name": self.name,
-            "method": method.name(),
-            "family": method.family(),
-            "paper": method.paper.title,
+            **self.configuration.labels(),
             "arguments": self.configuration.arguments(),
             **{key: fmean(one[key] for one in results) for key in _AVERAGED},
             "bits": {role: fmean(one["bits"].get(role, 0) for one in results) / weights for role in results[0]["bits"]},

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fewbits.core.errors import InputError
-from fewbits.export.checkpoint import with_layers
+from fewbits.export.checkpoint import is_checkpoint, load_checkpoint, with_layers
 from fewbits.export.experts import joined
 from fewbits.export.folder import quantization_config
 from fewbits.export.target import Target, get_target, list_targets
@@ -19,6 +19,16 @@ from fewbits.models.source import open_model
 def is_foreign(path: Path) -> bool:
     """Whether `path` is a GGUF file, or a folder whose config.json says that something other than fewbits quantized its model."""
     return is_gguf(path) or quantization_config(path).get("quant_method", "fewbits") != "fewbits"
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a compressed model lies at `path`, in fewbits' own format or in one of others."""
+    return is_checkpoint(path) or is_foreign(path)
+
+
+def load_compressed(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """What lies at `path`, which `is_compressed`, with its linears as compressed layers. Raises InputError as either format does."""
+    return load_checkpoint(path, dtype) if is_checkpoint(path) else load_foreign(path, dtype)
 
 
 def load_foreign(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -50,5 +50,5 @@ class FewbitsQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, CompressedLayer):
                 module.settle()
-        attend_natively(model)  # torch's own takes longer for one token of bfloat16 than all linears do
+        attend_natively(model)
         return model

@@ -41,6 +41,17 @@ def layer_entry(name: str, weight: Tensor, stored: StoredLinear, moment: Tensor 
     return {"weights": weight.numel(), "bits": stored.bits(), **error, "tokens": tokens}
 
 
+def add_up(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """JSON-able: true bits a weight of all layers together, how many of which kind there are, and the weights."""
+    breakdown: dict[str, int] = {}
+    for entry in entries.values():
+        for name, bits in entry["bits"].items():
+            role = name.rpartition(".")[2]
+            breakdown[role] = breakdown.get(role, 0) + bits
+    weights = sum(entry["weights"] for entry in entries.values())
+    return {"bits_per_weight": sum(breakdown.values()) / weights, "bits": breakdown, "compressed_weights": weights}
+
+
 def second_moment(statistics: Statistics) -> Tensor | None:
     """float32 `[in, in]`, up to a factor, where an accumulator gathered it."""
     found = (matrix for accumulator in statistics if (matrix := _matrix(accumulator)) is not None)

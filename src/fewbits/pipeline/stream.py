@@ -19,7 +19,7 @@ from fewbits.models.adapter import Adapter, oriented, weight_matrix
 from fewbits.models.source import ModelSource
 from fewbits.models.weights import Weights
 from fewbits.pipeline.dense_pass import DensePass
-from fewbits.pipeline.entries import checked_linears, report
+from fewbits.pipeline.entries import add_up, checked_linears, report
 from fewbits.pipeline.feed import Feed, StreamOptions, finite
 from fewbits.pipeline.fold import fold_scales
 from fewbits.pipeline.gather import assume_nothing, gather_inputs
@@ -70,19 +70,11 @@ class StreamSummary:
         layers: dict[str, Any] = {}
         for block in (*range(self.blocks), *self.parts):
             layers |= self.store.manifest(block)["layers"]
-        breakdown: dict[str, int] = {}
-        for layer in layers.values():
-            for name, bits in layer["bits"].items():
-                role = name.rpartition(".")[2]
-                breakdown[role] = breakdown.get(role, 0) + bits
-        weights = sum(layer["weights"] for layer in layers.values())
         rises = self.store.state(RISES) if self.store.has_state(RISES) else {}
         for name, rise in rises.items():
             layers[name]["loss_rise"] = float(rise)
         return {
-            "bits_per_weight": sum(breakdown.values()) / weights,
-            "bits": breakdown,
-            "compressed_weights": weights,
+            **add_up(layers),
             "layers": layers,
             "silent": [name for name, layer in layers.items() if layer["tokens"] == 0],
             "kept": dict(self.kept),

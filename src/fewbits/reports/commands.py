@@ -24,9 +24,11 @@ def commands(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _single(record: Mapping[str, Any], row: Mapping[str, Any], given: list[Any]) -> list[str]:
     text, output = record["settings"]["text"], "compressed"
+    measured = ["--reference", record["model"], "--data", text["data"], "--windows", text["count"], "--seq-len", text["length"]]
+    if not row["arguments"]:  # compressed before
+        return [_line(["fewbits", "evaluate", row["name"], *measured])]
     compress = ["fewbits", "compress", record["model"], *row["arguments"], *given, "-o", output]
-    measured = ["--data", text["data"], "--windows", text["count"], "--seq-len", text["length"]]
-    return [_line(compress), _line(["fewbits", "evaluate", output, "--reference", record["model"], *measured])]
+    return [_line(compress), _line(["fewbits", "evaluate", output, *measured])]
 
 
 def _line(words: list[Any]) -> str:
