@@ -39,21 +39,21 @@ def compiled(kernel, *operands, grid, warmup, **options):
 
 driver.set_active(NoDriver())
 compile_and_start, JITFunction.run, gpu.DEVICES, built = JITFunction.run, compiled, ("cpu",), []
-matrix, generator = torch.randn(16, 256), torch.Generator().manual_seed(0)
+matrix, generator = torch.randn(16, 64), torch.Generator().manual_seed(0)
 
 def uniform(bits, group):
-    codes, scales = torch.randint(2**bits, (16, 256), generator=generator), torch.ones(16, -(-256 // group)).half()
+    codes, scales = torch.randint(2**bits, (16, 64), generator=generator), torch.ones(16, -(-64 // group)).half()
     zeros = torch.randint(2**bits, scales.shape, generator=generator)
     return Uniform.from_codes(codes, scales, zeros, bits=bits, group_size=group)
 
-three = torch.randint(8, (16, 256), generator=generator)
-uniform(4, 128).matmul(torch.ones(1, 256).bfloat16())
-uniform(4, 256).matmul(torch.ones(40, 256).bfloat16())
+three = torch.randint(8, (16, 64), generator=generator)
+uniform(4, 32).matmul(torch.ones(1, 64).bfloat16())
+uniform(4, 64).matmul(torch.ones(40, 64).bfloat16())
 uniform(7, 24).decode(torch.bfloat16)
-Codebook.from_codes(three, torch.randn(1, 8, 8), None, bits=3, group_size=32).matmul(torch.ones(2, 256))
-Binary.from_signs(matrix.sign(), torch.ones(16, 1), torch.ones(16, 1)).matmul(torch.ones(1, 256).half())
-Ternary.from_signs(three % 3 - 1).matmul(torch.ones(1, 256))
-Sparse.from_dense(matrix, matrix > 2).matmul(torch.ones(1, 256))
+Codebook.from_codes(three, torch.randn(1, 2, 8), None, bits=3, group_size=32).matmul(torch.ones(2, 64))
+Binary.from_signs(matrix.sign(), torch.ones(16, 1), torch.ones(16, 1)).matmul(torch.ones(1, 64).half())
+Ternary.from_signs(three % 3 - 1).matmul(torch.ones(1, 64))
+Sparse.from_dense(matrix, matrix > 2).matmul(torch.ones(1, 64))
 NoDriver.capability = 80
 Uniform.from_codes(torch.ones(1, 1), torch.ones(1, 1), None, bits=4).matmul(torch.ones(1, 1))  # sizes of one are constants
 assert dispatch.counts["definition"] == 0
