@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup quickstart test check check-native format tables docs new
+.PHONY: setup quickstart test check check-native check-neon format tables docs new
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
@@ -29,6 +29,9 @@ check: setup
 
 check-native: setup  # the kernels with sanitizers, minutes
 	$(BIN)/python scripts/check_native.py
+
+check-neon: setup  # the kernels for ARM, in an emulator, minutes
+	$(BIN)/python scripts/check_neon.py
 
 format: setup
 	$(BIN)/ruff format .

@@ -13,6 +13,7 @@ namespace fewbits {
 const AttentionKernels& scalar_attention();
 const AttentionKernels& avx2_attention();
 const AttentionKernels& avx512_attention();
+const AttentionKernels& neon_attention();
 
 namespace {
 
@@ -23,6 +24,9 @@ const AttentionKernels& find_attention(const std::string& isa) {
 #endif
 #if defined(FEWBITS_AVX2)
   if (isa == "avx2") return avx2_attention();
+#endif
+#if defined(FEWBITS_NEON)
+  if (isa.compare(0, 4, "neon") == 0) return neon_attention();
 #endif
   return scalar_attention();
 }

@@ -12,7 +12,11 @@ namespace attention {
 
 static_assert(lanes == FEWBITS_LANES, "the lanes are not those of the instruction set");
 constexpr int places = 8;  // codes that a lane holds at most
+#ifdef __aarch64__
+constexpr int accumulators = 16;  // of 32 registers
+#else
 constexpr int accumulators = lanes == 16 ? 16 : 8;
+#endif
 typedef int32_t Whole __attribute__((vector_size(4 * lanes)));
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -50,7 +54,7 @@ static inline Floats halves(const uint16_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #else
   float all[lanes];
-  for (int i = 0; i < lanes; ++i) all[i] = half_to_float(from[i]);
+  halves_to_floats(from, lanes, all);
   return load(all);
 #endif
 }

@@ -8,6 +8,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(FEWBITS_NEONDOT)
+#include <sys/auxv.h>
+#endif
 
 #include "feedback_job.h"
 #include "threads.h"
@@ -18,6 +21,8 @@ const Kernels& scalar_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512vnni_kernels();
+const Kernels& neon_kernels();
+const Kernels& neondot_kernels();
 
 namespace {
 
@@ -35,6 +40,13 @@ std::vector<const Kernels*> find_available() {
 #endif
 #if defined(FEWBITS_AVX2)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2_kernels());
+#endif
+#if defined(FEWBITS_NEONDOT)
+  constexpr unsigned long dot_products = 1ul << 20;  // how Linux tells of them
+  if ((getauxval(AT_HWCAP) & dot_products) != 0) found.push_back(&neondot_kernels());
+#endif
+#if defined(FEWBITS_NEON)  // every processor that is compiled for has it
+  found.push_back(&neon_kernels());
 #endif
   found.push_back(&scalar_kernels());
   return found;

@@ -69,7 +69,7 @@ def assert_agrees(term, inputs: Tensor) -> None:
 
 
 def fixed_point(isa: str, bits: int) -> bool:
-    return isa == "avx512vnni" or (isa == "avx2" and bits in (1, 2, 4))
+    return isa in ("avx512vnni", "neondot") or (isa == "avx2" and bits in (1, 2, 4))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -302,7 +302,9 @@ def test_a_layer_uses_it_and_equals_its_definition(isa):
 def test_an_unknown_instruction_set_is_an_error(monkeypatch):
     term = uniform(4, 4, 16, 8, "integer")
     monkeypatch.setenv("FEWBITS_FORCE_ISA", "sse9")
-    with pytest.raises(InputError, match="FEWBITS_FORCE_ISA='sse9' is not known; none, scalar, avx2, avx512, avx512vnni would be right"):
+    with pytest.raises(
+        InputError, match="FEWBITS_FORCE_ISA='sse9' is not known; none, scalar, avx2, avx512, avx512vnni, neon, neondot would be right"
+    ):
         term.matmul(torch.randn(1, 16))
     monkeypatch.setenv("FEWBITS_FORCE_ISA", "avx512")
     monkeypatch.setattr(native, "available", lambda: ("scalar",))

@@ -18,7 +18,7 @@ try:
 except ImportError:
     _extension = None
 
-INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512vnni")  # every name that FEWBITS_FORCE_ISA may hold
+INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512vnni", "neon", "neondot")  # every name that FEWBITS_FORCE_ISA may hold
 _LARGE = 4 * 2**20  # bytes of a tensor that has whole large pages, of 2 MiB, in it
 _NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
