@@ -106,7 +106,7 @@ void compare_feedback(const fewbits::Kernels& kernels, Count& count) {
       begin(std::string(kernels.name) + " feeds errors back");
       fewbits::feed_back(kernels, job, 2);
       for (int64_t j = first; j < end; ++j) compare_column(job, before, j, kernels.name, count);
-      for (int64_t j = end; j < columns; ++j) for (int64_t row = 0; row < rows; ++row) count.look(current[j * rows + row] - before[static_cast<size_t>(j * rows + row)], 0.0, "a column behind the end");
+      for (int64_t i = end * rows; i < columns * rows; ++i) count.look(current[i] - before[static_cast<size_t>(i)], 0.0, "a column behind the end");
       ++count.fed_back;
     }
   }
