@@ -254,7 +254,8 @@ def measure_sizes(told: dict[str, Any], names: dict[str, LlamaForCausalLM], argu
             rows = measure(batch, tokens, arguments.rounds, arguments.first_in_line, chosen)
             for row in rows:
                 print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
-            told["rows"] += [{**row, "rounds": arguments.rounds, "load_average": os.getloadavg()[0]} for row in rows]
+            how = {"rounds": arguments.rounds, "first_in_line": arguments.first_in_line, "load_average": os.getloadavg()[0]}
+            told["rows"] += [row | how for row in rows]
             write(told, arguments)
 
 
@@ -287,7 +288,7 @@ def main() -> None:
 
 def write(told: dict[str, Any], arguments: argparse.Namespace) -> None:
     machine = {"processor": platform.machine(), "cpus": os.cpu_count(), "threads": arguments.threads, "instruction_set": native.chosen()}
-    settings = {"first_in_line": arguments.first_in_line, "group_size": GROUP, "layers": arguments.layers, "hidden_size": HIDDEN}
+    settings = {"group_size": GROUP, "layers": arguments.layers, "hidden_size": HIDDEN}
     settings |= {"heads": HEADS, "key_heads": KEY_HEADS, "head_dim": WIDTH}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     rows = sorted(told["rows"], key=lambda row: (row["tokens"], row["batch"], row["what"] != "step"))
