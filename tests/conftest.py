@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fewbits.data.text import TextSample
 from fewbits.models.source import open_model
 
 
@@ -28,6 +29,16 @@ def first_blocks(tmp_path_factory):
     model.save_pretrained(path)
     source.tokenizer().save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """Calibration text and text to measure on, different ones."""
+    folder = tmp_path_factory.mktemp("texts")
+    lines = [f"def function_{i}(x, y={i}):\n    '''Return x plus {i}.'''\n    return x + y * {i % 7}\n\n\n" for i in range(160)]
+    (folder / "seen.txt").write_text("".join(lines[:80]))
+    (folder / "held.txt").write_text("".join(lines[80:]))
+    return TextSample(str(folder / "seen.txt"), 6, 48), TextSample(str(folder / "held.txt"), 12, 48)
 
 
 @pytest.fixture(scope="session")

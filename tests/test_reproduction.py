@@ -14,17 +14,7 @@ from fewbits.comparison.samples import Samples
 from fewbits.core.errors import InputError
 from fewbits.core.published import share_removed
 from fewbits.core.record import schema
-from fewbits.data.text import TextSample
 from fewbits.reproduction import published, reproduce, reproducible
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("texts")
-    lines = [f"def function_{i}(x, y={i}):\n    return x + y * {i % 7}\n\n\n" for i in range(160)]
-    (folder / "seen.txt").write_text("".join(lines[:80]))
-    (folder / "held.txt").write_text("".join(lines[80:]))
-    return TextSample(str(folder / "seen.txt"), 6, 48), TextSample(str(folder / "held.txt"), 12, 48)
 
 
 @pytest.mark.parametrize("name", reproducible())
@@ -59,7 +49,10 @@ def test_the_numbers_are_those_of_a_comparison(first_blocks, texts, tmp_path):
     assert results["share_removed"]["here"] == share_removed(dense, rival, own)
     assert results["share_removed"]["paper"] == pytest.approx(1 - math.log(8.07 / 5.68) / math.log(25.54 / 5.68))
     said = " ".join(results["differs"])
-    assert all(word in said for word in (str(first_blocks), "huggyllama/llama-7b", held.data, "windows of 48 tokens", "6 windows"))
+    assert all(
+        word in said
+        for word in (str(first_blocks), "huggyllama/llama-7b", held.data, "windows: at most 12", "windows of 48 tokens", "6 windows")
+    )
 
 
 def test_a_run_that_was_stopped_goes_on(first_blocks, texts, tmp_path, monkeypatch):

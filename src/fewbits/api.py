@@ -23,8 +23,8 @@ from fewbits.data.text import TextSample
 from fewbits.evaluation.embeddings import compare_embeddings, embed
 from fewbits.evaluation.fidelity import score, summarize
 from fewbits.evaluation.streamed import StreamedModel
-from fewbits.export.checkpoint import check_output, is_checkpoint, load_checkpoint, read_record, read_stack, write_checkpoint
-from fewbits.export.foreign import is_foreign, load_foreign
+from fewbits.export.checkpoint import check_output, is_checkpoint, read_record, read_stack, write_checkpoint
+from fewbits.export.foreign import is_compressed, load_compressed
 from fewbits.export.run import export as write_export
 from fewbits.export.stack import memory_in_bytes
 from fewbits.export.target import Target, get_target
@@ -207,15 +207,11 @@ def load(model: str | Path, dtype: torch.dtype = torch.float32, *, memory: int |
     Raises InputError for a size below the smallest, or of a model that has one size.
     """
     folder = fetch_folder(model) if isinstance(model, str) and is_url(model) else Path(model)
-    if is_checkpoint(folder):
-        return load_checkpoint(folder, dtype, memory)
-    if memory is not None:
+    if memory is not None and not is_checkpoint(folder):
         raise InputError(
             f"{str(model)!r} is no stack, so it has one size; a folder compressed with a method such as bitstack would be right"
         )
-    if is_foreign(folder):
-        return load_foreign(folder, dtype)
-    return open_model(model).load(dtype)
+    return load_compressed(folder, dtype, memory) if is_compressed(folder) else open_model(model).load(dtype)
 
 
 def export(folder: str | Path, to: str | Target, output: str | Path, *, requantize: bool = False) -> dict[str, Any]:
@@ -246,9 +242,10 @@ def evaluate(
     without one.
     """
     began = time.monotonic()
-    results = _measure(model, reference, text, streamed, memory) | _file_sizes(open_model(model))
-    if is_checkpoint(folder := open_model(model).path):
-        results |= _sizes(folder, memory)
+    source = open_model(model)
+    results = _measure(model, reference, text, streamed, memory) | _file_sizes(source)
+    if is_checkpoint(source.path):
+        results |= _sizes(source.path, memory)
     settings = {"reference": None if reference is None else str(reference), "text": asdict(text), "streamed": streamed}
     return make_record("evaluate", model, settings | ({} if memory is None else {"memory": memory}), results, began)
 

@@ -61,7 +61,6 @@ def reproduce(
     results = {"method": name, "published": told} | _measured(figures, compared["results"])
     results["differs"] = _differences(figures, chosen, text, calibration)
     record = make_record("reproduce", chosen, {"text": asdict(text), "calibration": asdict(calibration)}, results, began)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, as_json(record))
     shutil.rmtree(work)
     return record
@@ -94,6 +93,8 @@ def _differences(figures: Published, model: str, text: TextSample, calibration: 
     told = [] if model == figures.model else [f"the model: {model}, not {figures.model}"]
     if text.data != figures.text:
         told.append(f"the text: {text.data}, not {figures.text}")
+    if text.count < WHOLE:
+        told.append(f"windows: at most {text.count}, not the whole text")
     if text.length != figures.length:
         told.append(f"windows of {text.length} tokens, not {figures.length}")
     ours = f"{calibration.count} windows of {calibration.length} tokens of {calibration.data}"

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from fewbits.comparison.compare import CompareSettings, compare
+from fewbits.comparison.folder import Folder
 from fewbits.comparison.samples import Samples
 from fewbits.core.errors import InputError
 from fewbits.core.remote import fetch_folder, is_url, local_place, placed, put_folder
@@ -101,6 +102,24 @@ def test_a_comparison_in_object_storage_is_that_of_a_folder(storage, small_model
     run("memory://bucket/model", url, workers, [*methods, "rtn:bits=4,group_size=16"])
     assert workers.count == 3
     assert len({name.split("/")[1] for name in stored(storage, "/bucket/comparison/") if name.startswith("runs/")}) == 4
+
+
+def test_a_run_that_was_kept_here_and_not_put_there_is_put_there_next_time(storage):
+    folder = Folder("memory://bucket/comparison")
+    run = folder.runs / "rtn-0123"
+    run.mkdir()
+    (run / "record.json").write_text("{}")
+    assert not stored(storage, "/bucket/comparison/")
+    Folder("memory://bucket/comparison")
+    assert stored(storage, "/bucket/comparison/") == {"runs/rtn-0123/record.json": b"{}"}
+
+
+def test_what_could_not_be_put_there_says_where_it_lies(storage, monkeypatch):
+    monkeypatch.setattr(storage, "put_file", lambda here, there: (_ for _ in ()).throw(OSError("the bucket is full")))
+    with pytest.raises(InputError, match=r"the bucket is full.*lies in .*: copy it there"), placed("memory://bucket/full", "a") as place:
+        place.mkdir(parents=True)
+        (place / "a").write_text("a")
+    assert (place / "a").read_text() == "a"
 
 
 def test_what_is_written_is_put_there_whole_and_last_its_mark(storage, tmp_path):

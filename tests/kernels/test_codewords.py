@@ -82,13 +82,9 @@ def test_codewords_of_other_sizes_take_the_definition(isa):
     assert torch.equal(term.matmul(inputs), inputs @ term.decode().T) and dispatch.counts["multiply"] == before
 
 
-def test_results_do_not_depend_on_the_number_of_threads(isa):
+def test_results_do_not_depend_on_the_number_of_threads(isa, on_threads):
     generator = torch.Generator().manual_seed(3)
     term = Additive.from_codes(torch.randint(256, (256, 32, 2), generator=generator), torch.randn(2, 256, 8, generator=generator))
-    inputs, threads = torch.randn(1, 256, generator=generator), torch.get_num_threads()
-    found = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        found.append((term.matmul(inputs), Transposed(term).matmul(inputs)))
-    torch.set_num_threads(threads)
+    inputs = torch.randn(1, 256, generator=generator)
+    found = on_threads(lambda: (term.matmul(inputs), Transposed(term).matmul(inputs)))
     assert all(torch.equal(one, two) for pair in found for one, two in zip(pair, found[0], strict=True))

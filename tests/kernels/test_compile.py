@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fewbits.core.tensor import CompressedTensor
+from fewbits.formats.dense import Dense
+from fewbits.formats.mixed_groups import MixedGroups
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
 from fewbits.layers.embedding import CompressedEmbedding
@@ -39,6 +41,18 @@ def test_the_operators_pass_torchs_checks():
         torch.library.opcheck(torch.ops.fewbits.decode.default, (tensors, layout, 2, 9, torch.bfloat16), test_utils=checks),
     ]
     assert found == [dict.fromkeys(checks, "SUCCESS")] * 2
+
+
+def test_groups_of_two_widths_are_described_without_reading_them():
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.arange(4).expand(12, 4) < 2
+    scales, zeros = (Dense(torch.rand(12, 4, generator=generator).half() + 0.1) for _ in range(2))
+    codes = torch.randint(4, (12, 64), generator=generator).to(torch.uint8)
+    table = MixedGroups.from_codes(codes, chosen, scales, zeros, widths=(2, 4), group_size=16)
+    layer = CompressedLinear(StoredLinear(CompressedTensor((table,))))
+    compiled, inputs = torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(2, 64, generator=generator)
+    with torch.no_grad():
+        assert torch.equal(compiled(inputs), layer(inputs))
 
 
 def test_a_compiled_embedding_is_one_graph_and_decodes_its_rows_natively():

@@ -256,17 +256,10 @@ def test_rounding_to_16_bits_is_torchs(isa):
         assert torch.equal(term.decode(dtype), term.define(dtype))
 
 
-def test_a_product_is_the_same_each_time_and_on_any_number_of_threads(isa):
-    term, before = uniform(4, 300, 256, 32, "integer"), torch.get_num_threads()
-    inputs = torch.randn(3, 256, generator=sample(1))
-    try:
-        found = []
-        for threads in (1, 1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            found += [term.matmul(inputs) for _ in range(20)]
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(found[0], other) for other in found)
+def test_a_product_is_the_same_each_time_and_on_any_number_of_threads(isa, on_threads):
+    term, inputs = uniform(4, 300, 256, 32, "integer"), torch.randn(3, 256, generator=sample(1))
+    found = on_threads(lambda: [term.matmul(inputs) for _ in range(20)], (1, 1, 2, 3, 2))
+    assert all(torch.equal(found[0][0], other) for some in found for other in some)
 
 
 def test_many_vectors_are_a_matrix_product_of_decoded_tiles(isa, monkeypatch):

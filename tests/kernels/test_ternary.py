@@ -109,13 +109,9 @@ def test_an_input_far_above_the_others_and_inputs_that_are_not_finite(isa):
     assert not torch.isfinite(found[3:]).any() and torch.isfinite(found[:3]).all()
 
 
-def test_results_do_not_depend_on_the_number_of_threads(isa):
-    term, threads = ternary(300, 640, 64), torch.get_num_threads()
-    inputs, found = torch.randn(3, 640, generator=torch.Generator().manual_seed(3)), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        found.append(term.matmul(inputs))
-    torch.set_num_threads(threads)
+def test_results_do_not_depend_on_the_number_of_threads(isa, on_threads):
+    term, inputs = ternary(300, 640, 64), torch.randn(3, 640, generator=torch.Generator().manual_seed(3))
+    found = on_threads(lambda: term.matmul(inputs))
     assert all(torch.equal(found[0], other) for other in found)
 
 
@@ -128,6 +124,7 @@ def test_scales_that_are_codes_themselves(isa):
     two_levels = Ternary(term.codes, inner, 6, 160, 32)
     inputs = torch.randn(2, 160, generator=torch.Generator().manual_seed(6))
     assert torch.equal(two_levels.matmul(inputs), term.matmul(inputs)) and torch.equal(two_levels.decode(), term.define())
+    assert torch.equal(two_levels.define(), term.define())
 
 
 def test_attention_does_not_take_them_for_a_uniform_grid():

@@ -30,8 +30,8 @@ def test_only_the_first_block_is_run(learned, tmp_path):
 
 def test_disk_is_reckoned_from_what_is_stored(learned, tmp_path):
     source = open_model(learned)
-    estimate = estimate_run(source, Plan(Rtn(bits=3, group_size=16)), WINDOWS)
-    summary = compress_model(source, Plan(Rtn(bits=3, group_size=16)), WINDOWS, tmp_path)
+    estimate = estimate_run(source, Plan(Gptq(bits=3, group_size=16)), WINDOWS)
+    summary = compress_model(source, Plan(Gptq(bits=3, group_size=16)), WINDOWS, tmp_path)
     stored = sum(sum(entry["bits"].values()) for block in range(2) for entry in summary.store.manifest(block)["layers"].values()) // 8
     hidden = WINDOWS.numel() * 64 * 4
     assert estimate.disk_bytes > 2 * stored + 2 * hidden  # the work and the result, and two blocks' inputs
@@ -51,10 +51,12 @@ def test_twice_the_text_and_more_steps_take_longer(monkeypatch, learned):
     real = preflight.compress_model
     monkeypatch.setattr(preflight, "compress_model", work)
     source = open_model(learned)
-    plain = estimate_run(source, Plan(Rtn(bits=3)), WINDOWS, StreamOptions(inputs="original"))
+    plain = estimate_run(source, Plan(Gptq(bits=3)), WINDOWS, StreamOptions(inputs="original"))
     assert plain.seconds == pytest.approx(2 * (5 + 2 * 6))  # two blocks, six batches
-    both = estimate_run(source, Plan(Rtn(bits=3)), WINDOWS)
+    both = estimate_run(source, Plan(Gptq(bits=3)), WINDOWS)
     assert both.seconds == pytest.approx(2 * (5 + 4 * 6))  # and what the compressed blocks make of them
+    few = estimate_run(source, Plan(Rtn(bits=3)), WINDOWS[:4])
+    assert estimate_run(source, Plan(Rtn(bits=3)), WINDOWS).seconds == few.seconds  # which sees a batch of any text
     from fewbits.methods.weights.gqsa import Gqsa
 
     method = Gqsa(steps=40, tune_steps=0)

@@ -45,7 +45,7 @@ class Configuration:
         if self.plan is not None:
             return self.plan.describe()
         assert self.place is not None
-        return {"place": str(self.place.absolute()), "content": open_model(self.place).fingerprint()}
+        return {"place": str(self.place), "content": open_model(self.place).fingerprint()}
 
     def labels(self) -> dict[str, str]:
         """What the table says of the method, its family and its paper."""
@@ -101,7 +101,7 @@ def _published(spec: str) -> Configuration:
     if not place.exists() or not is_compressed(place):
         what = "is not there" if not place.exists() else "is no compressed model"
         raise InputError(f"{spec} {what}; a folder that compress or export wrote, a .gguf file, or a method's name would be right")
-    return Configuration(spec, None, place)
+    return Configuration(spec, None, place.absolute())
 
 
 def _configured(name: str, kind: type[Method], values: dict[str, str]) -> Configuration:

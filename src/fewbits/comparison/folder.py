@@ -37,6 +37,7 @@ class Folder:
             shutil.rmtree(partial)
         if self.url is not None:
             fetch_missing(f"{self.url}/runs", self.runs, RECORD)
+            put_folder(self.runs, f"{self.url}/runs", RECORD)  # what was killed before it was put there
 
     def share(self, *passes: DensePass) -> None:
         """Let other machines read what was gathered of the dense model: from the URL, where there is one."""

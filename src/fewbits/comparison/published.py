@@ -25,7 +25,8 @@ def open_published(dense: DensePass, place: Path) -> tuple[PreTrainedModel, dict
     Raises InputError where it is no compressed form of that model: a layer of another name or shape, or none.
     """
     model = load_compressed(place)
-    entries, blocks = {}, {name: block for block in dense.blocks for name in Adapter(dense.shell).linears(block)}
+    entries, adapter = {}, Adapter(dense.shell)
+    inside = [name for block in dense.blocks for name in adapter.linears(block)]
     for name, module in model.named_modules():
         if isinstance(module, CompressedLayer):
             weight = _weight(dense, name, module)
@@ -35,10 +36,10 @@ def open_published(dense: DensePass, place: Path) -> tuple[PreTrainedModel, dict
                     f"{place}: the compressed layer {name!r} {list(stored.weight.shape)} is not one of {dense.source.name!r}; "
                     "a compressed form of that model would be right"
                 )
-            entries[name] = layer_entry(name, weight, stored, dense.moment(name) if name in blocks else None, None)
+            entries[name] = layer_entry(name, weight, stored, dense.moment(name) if name in inside else None, None)
     if not entries:
         raise InputError(f"{place} has no compressed layer; a compressed form of {dense.source.name!r} would be right")
-    return model, add_up(entries) | {"layers": entries, "kept": {name: "dense in the file" for name in blocks if name not in entries}}
+    return model, add_up(entries) | {"layers": entries, "kept": {name: "dense in the file" for name in inside if name not in entries}}
 
 
 def _weight(dense: DensePass, name: str, module: nn.Module) -> Tensor | None:

@@ -15,3 +15,8 @@ class NumericsError(FewbitsError):
 
 class BrokenModelError(NumericsError, InputError):
     """The model that was given holds numbers that are not finite: wrong input, found while computing."""
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what a library says, without its final dot; its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

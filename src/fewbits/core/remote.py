@@ -13,7 +13,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from fewbits.core.errors import InputError
+from fewbits.core.errors import InputError, reason_of
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # what a model's folder is read for
 
 
 def is_url(place: str | Path) -> bool:
@@ -41,19 +43,22 @@ def placed(output: str | Path, last: str) -> Iterator[Path]:
     if _files(output, ("*",)):
         raise InputError(f"{output!r} holds files already; another name, or removing them, would be right")
     yield place
-    if place.is_dir():
-        put_folder(place, output, last)
-    else:
-        put_file(place, output)
+    try:
+        if place.is_dir():
+            put_folder(place, output, last)
+        else:
+            put_file(place, output)
+    except InputError as error:
+        raise InputError(f"{error}; what was written lies in {place}: copy it there, or remove it and run again") from error
     shutil.rmtree(place.parent)
 
 
-def fetch_folder(url: str, patterns: Sequence[str] = ("*",)) -> Path:
-    """A folder with the files below `url` whose names match, kept in this machine's cache for as long as they stay as they are.
+def fetch_folder(url: str) -> Path:
+    """A folder with the model's files below `url`, kept in this machine's cache for as long as they stay as they are.
 
     Raises InputError where there are none or they cannot be read.
     """
-    files = _files(url, patterns)
+    files = _files(url, MODEL_FILES)
     if not files:
         raise InputError(f"{url!r} holds no files of a model; the URL of its folder would be right")
     system, _ = _opened(url)
@@ -93,7 +98,7 @@ def fetch_file(url: str, path: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise InputError(f"{url!r} cannot be read ({_reason(error)})") from error
+        raise InputError(f"{url!r} cannot be read ({reason_of(error)})") from error
     finally:
         Path(partial).unlink(missing_ok=True)
     return True
@@ -119,7 +124,7 @@ def put_file(path: Path, url: str) -> None:
         system.makedirs(remote.rpartition("/")[0], exist_ok=True)
         system.put_file(str(path), remote)
     except OSError as error:
-        raise InputError(f"{url!r} cannot be written ({_reason(error)})") from error
+        raise InputError(f"{url!r} cannot be written ({reason_of(error)})") from error
 
 
 def _files(url: str, patterns: Sequence[str]) -> dict[str, str]:
@@ -129,7 +134,7 @@ def _files(url: str, patterns: Sequence[str]) -> dict[str, str]:
         system.invalidate_cache()
         found = [str(path) for path in system.find(root)]
     except OSError as error:
-        raise InputError(f"{url!r} cannot be read ({_reason(error)})") from error
+        raise InputError(f"{url!r} cannot be read ({reason_of(error)})") from error
     names = {path[len(root) :].lstrip("/"): path for path in found if path.startswith(root.rstrip("/") + "/")}
     return {name: path for name, path in names.items() if any(fnmatch(name, pattern) for pattern in patterns)}
 
@@ -143,7 +148,7 @@ def _opened(url: str) -> tuple[Any, str]:
     try:
         system, path = url_to_fs(url)
     except (ImportError, ValueError, OSError) as error:
-        raise InputError(f"{url!r} cannot be opened ({_reason(error)})") from error
+        raise InputError(f"{url!r} cannot be opened ({reason_of(error)})") from error
     return system, str(path)
 
 
@@ -153,7 +158,3 @@ def _cache() -> Path:
 
 def _last(url: str) -> str:
     return url.rstrip("/").rpartition("/")[2]
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

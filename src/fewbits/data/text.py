@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.core.errors import InputError
+from fewbits.core.errors import InputError, reason_of
 from fewbits.data.standard_library import calibration_documents, heldout_documents
 
 _BUILTIN: dict[str, Callable[[], list[str]]] = {"heldout": heldout_documents, "calibration": calibration_documents}
@@ -146,7 +146,7 @@ def _from_hub(name: re.Match[str]) -> list[str]:
     try:
         rows = load_dataset(name["name"], name["configuration"], split=name["split"] or "train")
     except Exception as error:  # it raises whatever its many readers raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = reason_of(error)
         raise InputError(f"{name[0]!r} is no file here, and the hub did not give it ({reason}); a text file would be right") from error
     return _documents(name[0], rows["text"] if "text" in rows.column_names else None, rows.column_names)
 

@@ -26,9 +26,12 @@ def is_compressed(path: Path) -> bool:
     return is_checkpoint(path) or is_foreign(path)
 
 
-def load_compressed(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """What lies at `path`, which `is_compressed`, with its linears as compressed layers. Raises InputError as either format does."""
-    return load_checkpoint(path, dtype) if is_checkpoint(path) else load_foreign(path, dtype)
+def load_compressed(path: Path, dtype: torch.dtype = torch.float32, memory: int | str | None = None) -> PreTrainedModel:
+    """What lies at `path`, which `is_compressed`, with its linears as compressed layers; `memory` is for a stack of fewbits' own.
+
+    Raises InputError as either format does.
+    """
+    return load_checkpoint(path, dtype, memory) if is_checkpoint(path) else load_foreign(path, dtype)
 
 
 def load_foreign(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -150,13 +150,13 @@ def _read_term(term: Term, order: Tensor | None) -> Grid | str:
         stored = torch.ones(1, 1, dtype=torch.float16) if term.scales is None else term.scales
         codes, zeros, bits = (term.unpacked_signs() + 2).to(torch.uint8), None, 2
     elif isinstance(term, Uniform):
-        stored = term.scales.decode() if isinstance(term.scales, Term) else term.scales
+        stored = term.scales
         codes, zeros, bits = term.unpacked_codes(), _zero_points(term), term.bits_per_code
         if zeros is None and term.zero_points is not None:
             return "its zero points are no whole numbers among the codes"
     else:
         return f"its term is of kind {term.kind}, not a uniform grid"
-    scales = in_16_bits(stored)
+    scales = in_16_bits(stored.decode() if isinstance(stored, Term) else stored)
     if scales is None:
         return "its scales are not exact in 16 bits"
     rows, columns = term.shape

@@ -74,7 +74,8 @@ def holders(folder: Path) -> list[str]:
     """
     contents = Contents(folder)
     targets = [one for one in map(get_target, list_targets()) if one.holds_tables or not contents.tables]
-    return [one.name() for one in targets if _holds(_opened(contents, one), one)]
+    apart = separated(contents)
+    return [one.name() for one in targets if _holds(apart if one.separates_experts else contents, one)]
 
 
 def refusal(stored: StoredLinear, target: Target, has_bias: bool) -> str | None:

@@ -45,7 +45,7 @@ class FewbitsConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Every GPU: what is computed is torch's own."""
+        """Every GPU: where no kernel serves, torch computes."""
         return 0
 
     @staticmethod

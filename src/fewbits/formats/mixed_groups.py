@@ -74,8 +74,9 @@ class MixedGroups(Term, kind="mixed_groups"):
     def _described(self) -> layout.Description | None:
         """As kernels read it; None where they cannot."""
         scales, zeros = describe_numbers(self.scales), describe_numbers(self.zero_points)
-        if scales is None or zeros is None or not self.flags.numel():
+        # A row's bytes say how many groups are wide where a group fills a byte; the flags are not read for it, which would be slow.
+        if scales is None or zeros is None or not self.flags.numel() or self.group_size * self.wide_bits < 8:
             return None
-        wide = int(unpack(self.flags[:1], 1, self.columns // self.group_size).sum())
+        wide = 8 * self.wide.shape[1] // (self.wide_bits * self.group_size)
         sizes = (self.narrow_bits, self.wide_bits, wide)
         return layout.mixed_groups((self.narrow, self.wide, self.flags), self.columns, self.group_size, sizes, (scales, zeros))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.formats.coded import Coded, describe_numbers, spread_groups, taken_rows
+from fewbits.core.tensor import Term
+from fewbits.formats.coded import Coded, describe_numbers, spread_groups, stored_numbers, taken_rows
 from fewbits.kernels.layout import ABSENT, BASE_THREE, Description, coded
 
 _POWERS = (1, 3, 9, 27, 81)
@@ -23,7 +23,7 @@ class Ternary(Coded, kind="ternary"):
     """
 
     codes: Tensor
-    scales: Tensor | None
+    scales: Tensor | Term | None
     rows: int
     columns: int
     group_size: int  # columns that share a scale; the last group may be shorter
@@ -65,10 +65,10 @@ class Ternary(Coded, kind="ternary"):
         signs = self.unpacked_signs()
         if self.scales is None:
             return signs.to(dtype)
-        return (signs.float() * spread_groups(self.scales.float(), self.group_size, self.columns)).to(dtype)
+        return (signs.float() * spread_groups(stored_numbers(self.scales), self.group_size, self.columns)).to(dtype)
 
     def taken(self, rows: Tensor) -> Ternary:
-        scales = None if self.scales is None else cast(Tensor, taken_rows(self.scales, rows))
+        scales = None if self.scales is None else taken_rows(self.scales, rows)
         return Ternary(self.codes.index_select(0, rows), scales, len(rows), self.columns, self.group_size)
 
 

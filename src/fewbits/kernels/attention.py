@@ -13,9 +13,8 @@ from torch import Tensor
 
 from fewbits.kernels import native
 from fewbits.kernels.dispatch import counts
-from fewbits.kernels.layout import Description
+from fewbits.kernels.layout import DENSE, NONE, Description
 
-_NONE, _DENSE = 0, 1  # of scales, zero points and levels, as `layout.py` writes them
 _PLAIN, _PACKED = 0, 1
 
 
@@ -41,7 +40,7 @@ def serves(matrix: Description | None) -> bool:
         return False
     rows, columns, bits, group = matrix.layout[:4]
     levels, scales, zeros = matrix.layout[4], matrix.layout[5:9], matrix.layout[9:]
-    grid = levels == _NONE and scales[:2] == (_DENSE, rows) and (zeros == (_NONE,) or zeros[:2] == (_DENSE, rows))
+    grid = levels == NONE and scales[:2] == (DENSE, rows) and (zeros == (NONE,) or zeros[:2] == (DENSE, rows))
     return 1 <= bits <= 8 and grid and (group >= columns or group % (8 if bits <= 4 else 4) == 0)
 
 

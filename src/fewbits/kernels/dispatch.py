@@ -7,6 +7,7 @@ The kernels are the custom operators `fewbits::multiply` and `fewbits::decode`, 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
 
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.kernels import native
-from fewbits.kernels.layout import Description, entries, has_codes, is_signed_product
+from fewbits.kernels.layout import MIXED, SIGNED, Description, entries, has_codes
 from fewbits.kernels.triton import gpu
 
 FEW_VECTORS = 32  # up to which codes are read as they are; above, a matrix product on decoded weights is faster
 _VECTORS_AT_ONCE = 256  # that matrices which are never decoded are multiplied with
+_MOST_VECTORS = {SIGNED: 512, MIXED: 256}  # with 1024 and 512 torch was faster, 2048 x 2048 with rank 16 and 1024 x 1024
 _SPARSE_SHARE = 64  # one entry in so many is few enough for sparse rows to be faster than decoded ones
 _TILE_BYTES = 4 * 2**20  # of decoded weights that are in memory at once
 
@@ -37,9 +39,10 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
         return None  # the definition says what is wrong
     plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
     function = _multiply if plain else _multiply_op
-    if inputs.numel() <= FEW_VECTORS * inputs.shape[-1]:
+    vectors = inputs.numel() // inputs.shape[-1]
+    if vectors <= FEW_VECTORS:
         return function(inputs, matrix.tensors, matrix.layout)
-    if _never_decoded(matrix):
+    if vectors <= _most_vectors(matrix):
         some = inputs.reshape(-1, inputs.shape[-1]).split(_VECTORS_AT_ONCE)
         return torch.cat([function(part, matrix.tensors, matrix.layout) for part in some]).unflatten(0, inputs.shape[:-1])
     if not has_codes(matrix):
@@ -54,9 +57,15 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def _never_decoded(matrix: Description) -> bool:
-    """Sparse rows of few entries, and factors whose weights the kernel makes as fast as anybody."""
-    return is_signed_product(matrix) or _SPARSE_SHARE * entries(matrix) < matrix.layout[0] * matrix.layout[1]
+def _most_vectors(matrix: Description) -> float:
+    """Up to how many vectors a kernel reads what torch's matrix product would need decoded for less than that takes.
+
+    Any number of sparse rows of few entries; factors with signs and groups of two widths, whose weights are made anew for every few
+    hundred vectors, up to what was seen to be faster.
+    """
+    if matrix.layout[2] == 0 and matrix.layout[3] in _MOST_VECTORS:
+        return _MOST_VECTORS[matrix.layout[3]]
+    return math.inf if _SPARSE_SHARE * entries(matrix) < matrix.layout[0] * matrix.layout[1] else FEW_VECTORS
 
 
 def decode(matrix: Description | None, dtype: torch.dtype) -> Tensor | None:
@@ -71,7 +80,7 @@ def _room(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     size = rows * columns * dtype.itemsize
     kept = getattr(_kept, "room", None)
     if kept is None or kept.numel() < size:
-        kept = _kept.room = native.in_large_pages(torch.empty(max(size, _TILE_BYTES), dtype=torch.uint8))
+        kept = _kept.room = native.room_like(torch.empty(max(size, _TILE_BYTES), dtype=torch.uint8, device="meta"))
     return kept[:size].view(dtype).view(rows, columns)
 
 

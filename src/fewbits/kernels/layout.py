@@ -127,8 +127,3 @@ def has_codes(matrix: Description) -> bool:
 def entries(matrix: Description) -> int:
     """How many numbers a matrix stores: those of compressed sparse rows, or all."""
     return matrix.layout[-1] if matrix.layout[2:4] == (0, SPARSE) else matrix.layout[0] * matrix.layout[1]
-
-
-def is_signed_product(matrix: Description) -> bool:
-    """Whether a matrix is one that `signed_product` describes."""
-    return matrix.layout[2:4] == (0, SIGNED)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fewbits.core.errors import InputError
+from fewbits.core.errors import InputError, reason_of
 from fewbits.kernels.native import room_like
 
 
@@ -29,11 +29,6 @@ def read_tensor(file: Any, path: Path, name: str) -> Tensor:
         return file.get_tensor(name)  # type: ignore[no-any-return]
     except SafetensorError as error:
         raise InputError(f"{path} does not hold the tensor {name!r} ({reason_of(error)}); copy it again") from error
-
-
-def reason_of(error: Exception) -> str:
-    """The first line of what a library says, without its final dot."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 class WholeFile:

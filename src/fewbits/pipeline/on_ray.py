@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fewbits.core.errors import FewbitsError, InputError
+from fewbits.core.errors import FewbitsError, InputError, reason_of
 from fewbits.core.workers import Common, Job, Result, ThisProcess, Workers
 
 _TRIES = 4  # of one job, where every node that it was sent to was lost
@@ -54,8 +54,7 @@ def _connect(ray: Any, address: str) -> None:
             socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
         ray.init(address=address, log_to_driver=False, logging_level="error", **own)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise InputError(f"no Ray cluster answers at {address!r} ({reason}); local, auto or HOST:PORT would be right") from error
+        raise InputError(f"no Ray cluster answers at {address!r} ({reason_of(error)}); local, auto or HOST:PORT would be right") from error
 
 
 @dataclass

@@ -47,8 +47,8 @@ class Plan:
         return (self.method, *(method for _, method in self.overrides), *outside)
 
     def needs(self) -> set[type[Accumulator]]:
-        """What is gathered of the layers' inputs for any of the methods."""
-        return {need for method in self.methods() for need in method.needs}
+        """What is gathered of the inputs of the blocks' layers, for any of their methods."""
+        return {need for method in (self.method, *(method for _, method in self.overrides)) for need in method.needs}
 
     def describe(self) -> dict[str, Any]:
         """JSON-able and complete: two plans with equal descriptions compress alike."""

@@ -52,22 +52,25 @@ def estimate_run(
     """
     options = replace(options or StreamOptions(), progress=None, workers=ThisProcess())
     Tables.of(source, plan)  # says what is wrong with them, though the trial leaves them out
+    gathers = bool(plan.needs()) or isinstance(plan.method, BlockMethod)  # else a run sees a single batch, too
+    seen = windows if gathers else windows[: options.batch_size]
+    several = len(seen) > options.batch_size
     restart_peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         trial = _Trial(source, plan, options, (windows, mask), Path(folder))
         trial.run(1, _FEW_STEPS, "warm-up")  # what a process does but once would be taken for a block's share
         once = trial.run(1, _FEW_STEPS)
-        twice = trial.run(2, _FEW_STEPS) if len(windows) > options.batch_size else once
+        twice = trial.run(2, _FEW_STEPS) if several else once
         longer = trial.run(1, _MORE_STEPS) if _steps(plan) > _MORE_STEPS else None
         stored, work = trial.stored_bytes, trial.work_bytes
-    batch = batch_seconds(once[0], twice[0]) if len(windows) > options.batch_size else once[0]
+    batch = batch_seconds(once[0], twice[0]) if several else once[0]
     step = 0.0 if longer is None else max(longer[0] - once[0], 0.0) / (_MORE_STEPS - _FEW_STEPS)
-    blocks, batches = len(Adapter(source.shell()).blocks), -(-len(windows) // options.batch_size)
+    blocks, batches = len(Adapter(source.shell()).blocks), -(-len(seen) // options.batch_size)
     fixed = max(once[0] - batch, 0.0)
     propagated = 0 if (options.inputs or plan.method.inputs) == "original" else batch  # the second forward, which a trial has not
     seconds = blocks * (fixed + batches * (batch + propagated) + step * _steps_a_block(plan)) + once[1] * len(windows)
     seconds += _trained(plan) * _BACKWARD * blocks * batch / options.batch_size
-    hidden = windows.numel() * source.config.get_text_config().hidden_size * options.dtype.itemsize
+    hidden = seen.numel() * source.config.get_text_config().hidden_size * options.dtype.itemsize
     memory = peak_memory() + (0 if options.activations_on_disk else 2 * hidden)
     disk = (stored + work) * blocks + _dense_bytes(source, blocks) + 2 * hidden
     return Estimate(seconds, memory, disk, _left_out(plan))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fewbits.core.method import Restoration
 from fewbits.layers.adapted import AdaptedLinear
 from fewbits.models.adapter import weight_matrix
-from fewbits.models.source import ModelSource
+from fewbits.models.source import ChangedSource, ModelSource
 from fewbits.pipeline.feed import Progress
 from fewbits.pipeline.plan import Plan
 from fewbits.pipeline.store import Store
@@ -75,19 +75,19 @@ def _repaired(
     return {name: one.merged() for name, one in adapted.items()}
 
 
-class _Restored(ModelSource):
-    """A model's folder with other weights for some linears."""
+class _Restored(ChangedSource):
+    """A model with other weights for some linears."""
 
     def __init__(self, source: ModelSource, store: Store) -> None:
-        super().__init__(source.name, source.path)
-        self._source, self._store = source, store
+        super().__init__(source)
+        self._store = store
         self._names = {f"{name}.weight" for name in store.state_names(_STATE)}
 
     def __reduce__(self) -> Any:
         raise TypeError("a repaired model is in no file that another process could read it from")
 
     def parameter(self, name: str) -> Tensor:
-        original = self._source.parameter(name)  # which may hold other embeddings than the folder
+        original = super().parameter(name)
         if name not in self._names:
             return original
         layer = name.removesuffix(".weight")

@@ -40,9 +40,9 @@ def solve_weights(statistics: Statistics, job: GroupJob, weights: Mapping[str, T
     known = Statistics(*statistics, tokens=statistics.tokens, sensitivities=job.sensitivities, choices=job.choices)
     stored = solve_group(job.method, weights, known)
     tokens = statistics.tokens if job.method.needs else None
-    entries = {}
+    entries, seen = {}, second_moment(statistics)
     for name, layer in stored.items():
-        moment = second_moment(statistics) if job.moments is None else job.moments[name]
+        moment = seen if job.moments is None else job.moments[name]
         entries[name] = layer_entry(name, weights[name], layer, moment, tokens)
     return stored, entries
 

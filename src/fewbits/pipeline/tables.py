@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fewbits.core.errors import BrokenModelError, InputError
 from fewbits.core.method import LayerMethod, Method, Statistics
 from fewbits.layers.linear import StoredLinear
-from fewbits.models.source import ModelSource
+from fewbits.models.source import ChangedSource, ModelSource
 from fewbits.models.vocabulary import Vocabulary, scale_of
 from fewbits.pipeline.entries import layer_entry, second_moment
 from fewbits.pipeline.feed import StreamOptions
@@ -121,8 +121,9 @@ class Tables:
         ear = _Ear(cast(nn.Linear, shell.get_submodule(name)))
         shell.set_submodule(name, ear)
         groups = SharedInputs({name: ear}, sorted(set(self.head.needs), key=lambda need: need.__name__))
-        masks = [None] * len(text[0]) if text[1] is None else text[1].split(options.batch_size)
-        batches = zip(text[0].split(options.batch_size), states.hidden.split(options.batch_size), masks, strict=False)
+        size = options.batch_size
+        masks = [None] * -(-len(text[0]) // size) if text[1] is None else text[1].split(size)
+        batches = zip(text[0].split(size), states.hidden.split(size), masks, strict=True)
         with torch.no_grad():
             for number, (tokens, hidden, mask) in enumerate(batches):
                 groups.mask = mask
@@ -143,11 +144,11 @@ class _Ear(nn.Module):
         return inputs
 
 
-class _WithTables(ModelSource):
-    """A model's folder with other values of some parameters."""
+class _WithTables(ChangedSource):
+    """A model with other values of some parameters."""
 
     def __init__(self, source: ModelSource, values: Mapping[str, Tensor]) -> None:
-        super().__init__(source.name, source.path)
+        super().__init__(source)
         self._values = values
 
     def parameter(self, name: str) -> Tensor:

@@ -16,6 +16,7 @@ from fewbits.formats.uniform import Uniform
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.methods.weights.rtn import Rtn
 from fewbits.models.source import open_model
+from fewbits.pipeline.plan import Plan
 
 SIZES = {"vocab_size": 4104, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
@@ -112,3 +113,12 @@ def test_what_is_no_model_is_one_line(exported, tmp_path):
     (tmp_path / "text.gguf").write_text("no model")
     with pytest.raises(InputError, match=r"text\.gguf"):
         fewbits.load(tmp_path / "text.gguf")
+
+
+def test_its_embedding_is_compressed_with_its_blocks(exported, tmp_path):
+    """What stands in for the dense table opens nothing anew: a file is no folder."""
+    _, file = exported()
+    plan = Plan(Rtn(bits=8, group_size=32), embeddings=Rtn(bits=8, group_size=32))
+    fewbits.compress(file, plan, tmp_path / "out", calibration=TextSample("builtin:calibration", 2, 16), probe=None)
+    ours, theirs = (fewbits.load(place)(IDS).logits for place in (tmp_path / "out", file))
+    assert 0 < float((ours - theirs).square().mean() / theirs.square().mean()) < 1e-3

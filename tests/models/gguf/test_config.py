@@ -1,6 +1,7 @@
 """Configurations from GGUF files: the inverse of what is written of one, and what cannot be computed here."""
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -83,6 +84,9 @@ def test_a_file_that_leaves_out_what_can_be_reckoned_is_read(tmp_path):
         ({"llama.context_length": None}, r"does not say its llama\.context_length"),
         ({"llama.expert_count": 8}, "holds a mixture of 8 experts"),
         ({"llama.rope.scaling.type": "yarn"}, "scales its rotary embedding in the way 'yarn'"),
+        ({"llama.rope.scaling.factor": 4.0}, "scales its rotary embedding in the way 'linear'"),
+        ({"llama.rope.scale_linear": 2.0}, "scales its rotary embedding in the way 'linear'"),
+        ({"llama.rope.dimension_count": 4}, "rotates 4 of a head's"),
         ({"general.architecture": "mamba"}, "holds an architecture 'mamba', and this reader knows gpt2, llama, qwen2, qwen3"),
     ],
 )
@@ -101,3 +105,18 @@ def test_settings_for_every_layer_are_refused(tmp_path):
     writer.close()
     with pytest.raises(InputError, match=r"gives llama\.attention\.head_count_kv for every layer"):
         config_of(GgufTensors(GgufFile(tmp_path / "one.gguf")))
+
+
+def test_a_layer_of_an_unknown_type_is_one_line(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "one.gguf", "llama")
+    blocks = np.zeros((64, 36), dtype=np.uint8)  # 64 numbers a row: two blocks of 18 bytes
+    writer.add_tensor("blk.0.attn_q.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.IQ4_NL)
+    writer.add_uint32("llama.attention.head_count", 4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    held = GgufTensors(GgufFile(tmp_path / "one.gguf"))
+    for read in (lambda: list(held.layers()), lambda: held.values("model.layers.0.self_attn.q_proj.weight")):
+        with pytest.raises(InputError, match="a tensor is of GGUF's type number 20, and this reader knows"):
+            read()

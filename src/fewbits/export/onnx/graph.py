@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from fewbits.core.errors import InputError
+from fewbits.core.errors import InputError, reason_of
 from fewbits.export.contents import Contents
 from fewbits.export.grids import in_16_bits
 from fewbits.export.onnx.layer import OWN_DOMAIN, GraphLinear, Operator
@@ -90,7 +90,7 @@ def package() -> tuple[ModuleType, ModuleType]:
 
 def cache_layers(contents: Contents) -> Layers | str:
     """Heads and sizes of the keys and values of every layer of the model's cache; or why it has no such cache."""
-    shell = contents.source.shell()
+    shell = contents.shell
     try:
         with torch.device("meta"):
             cache = shell(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=True)[cache_keyword(shell)]
@@ -182,7 +182,7 @@ def trace(module: nn.Module, call: Call, kind: str) -> Any:
                 output_names=call.outputs,
             ).model  # type: ignore[union-attr]
     except (torch.onnx.errors.OnnxExporterError, torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise InputError(f"torch cannot trace {kind} into an ONNX graph ({reason}); another format would be right") from error
 
 

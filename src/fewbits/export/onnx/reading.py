@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewbits.core.errors import InputError
+from fewbits.core.errors import InputError, reason_of
 from fewbits.core.tensor import CompressedTensor, Part, Term, Transform, from_stored
 from fewbits.export.grids import Grid, in_16_bits
 from fewbits.export.onnx.graph import MODEL, PRODUCER, QUANTIZERS, package
@@ -141,7 +141,7 @@ def _opened(folder: Path) -> Any:
     try:
         return onnx_ir.load(folder / MODEL)
     except Exception as error:  # protobuf raises exceptions of its own
-        reason = str(error).strip().splitlines()[0]
+        reason = reason_of(error)
         raise InputError(f"{folder / MODEL} cannot be read as ONNX ({reason}); it may be cut short: copy it again") from error
 
 

@@ -73,7 +73,7 @@ class CompressedTensors(Target):
     def write(self, contents: Contents, destination: Path) -> None:
         copy_companions(contents.path, destination)
         groups: dict[str, tuple[Scheme, list[str]]] = {}
-        write_shards(destination, chain(self._tensors(contents, groups), self._cache_scales(contents)))
+        write_shards(destination, chain(self._cache_scales(contents), self._tensors(contents, groups)))
         write_config(destination, contents.config | {"quantization_config": self._described(contents, list(groups.values()))})
 
     def recognizes(self, path: Path) -> bool:

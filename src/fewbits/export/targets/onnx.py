@@ -49,8 +49,9 @@ class Onnx(Target):
 
     def refuses(self, stored: StoredLinear) -> str | None:
         """With operator="auto", which depends on the model, what neither operator holds."""
-        reasons = [refuses(stored, one) for one in self._operators]
-        return None if None in reasons else reasons[0]
+        first, *others = self._operators
+        reason = refuses(stored, first)
+        return None if reason is None or any(refuses(stored, one) is None for one in others) else reason
 
     def refuses_model(self, contents: Contents) -> str | None:
         if (unfit := contents.unfit_module(LINEAR)) is not None:

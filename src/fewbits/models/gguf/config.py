@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fewbits.core.errors import InputError
 from fewbits.models.gguf.architecture import ROTARY_FACTORS, Setting
@@ -29,7 +30,6 @@ _GPT2_NAMES = {
     "n_head": "attention.head_count",
     "layer_norm_epsilon": "attention.layer_norm_epsilon",
 }
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
 
 
 def config_of(held: GgufTensors) -> PretrainedConfig:
@@ -46,7 +46,7 @@ def config_of(held: GgufTensors) -> PretrainedConfig:
     }
     if kind != "gpt2":
         values |= _attention(held, values)
-    return AutoConfig.for_model(kind, **values, architectures=[_CLASSES[kind]])
+    return AutoConfig.for_model(kind, **values, architectures=[MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]])
 
 
 def _check(held: GgufTensors) -> None:
@@ -59,8 +59,10 @@ def _check(held: GgufTensors) -> None:
         raise InputError(
             f"{path} holds a mixture of {settings['expert_count']} experts, which this reader does not know of {kind!r} models"
         )
-    scaling = settings.get("rope.scaling.type", "none")
-    if scaling != "none":
+    # As llama.cpp reads it: linear where no type is said, by the newer of two keys; 0 and 1 scale nothing.
+    scaling = settings.get("rope.scaling.type", "linear")
+    factor = settings.get("rope.scaling.factor", settings.get("rope.scale_linear", 0.0))
+    if scaling != "none" and not (scaling == "linear" and factor in (0, 1)):
         raise InputError(f"{path} scales its rotary embedding in the way {scaling!r}, and this reader knows plain ones and factors")
     if "token_embd.weight" not in held.file.shapes:
         raise InputError(f"{path} holds no token_embd.weight, so it is not a whole model; the file of the whole one would be right")
@@ -71,6 +73,8 @@ def _attention(held: GgufTensors, values: Mapping[str, Any]) -> dict[str, Any]:
     settings, shapes = held.settings, held.file.shapes
     default = values["hidden_size"] // values["num_attention_heads"]
     size = int(settings.get("attention.key_length", settings.get("rope.dimension_count", default)))
+    if (turned := settings.get("rope.dimension_count", size)) != size:
+        raise InputError(f"{held.file.path} rotates {turned} of a head's {size} channels, and this reader knows models that rotate all")
     found: dict[str, Any] = {"head_dim": size, "rope_parameters": _rotation(held, settings, values["max_position_embeddings"])}
     if held.architecture.name == "llama":
         found |= {"attention_bias": "blk.0.attn_q.bias" in shapes, "mlp_bias": "blk.0.ffn_gate.bias" in shapes}

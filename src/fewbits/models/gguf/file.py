@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,6 +55,10 @@ class GgufFile:
         """The file's own bytes of a tensor. Raises KeyError where there is none."""
         return self._blocks(self._by_name[name])
 
+    def type_number(self, name: str) -> int:
+        """GGUF's number for how a tensor is stored. Raises KeyError where there is none of that name."""
+        return int(self._by_name[name].tensor_type)
+
     def tensors(self) -> Iterator[tuple[str, Blocks]]:
         """Every tensor by its name, in the file's order."""
         for tensor in self._reader.tensors:
@@ -70,11 +74,17 @@ class GgufFile:
 
     @cached_property
     def _reader(self) -> Any:
-        gguf = package()
         try:
-            return gguf.GGUFReader(self.path)
+            status = self.path.stat()
+            return _parsed(self.path.resolve(), status.st_size, status.st_mtime_ns)
         except (OSError, ValueError, IndexError, KeyError) as error:
             raise InputError(f"{self.path} cannot be read as GGUF ({error}); it may be cut short: copy it again") from error
+
+
+@lru_cache(maxsize=1)
+def _parsed(path: Path, size: int, changed: int) -> Any:
+    """Once for all that a command asks of one file: a vocabulary of a hundred thousand tokens takes seconds."""
+    return package().GGUFReader(path)
 
 
 def is_gguf(path: Path) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.core.tensor import CompressedTensor
+from fewbits.core.tensor import CompressedTensor, Term
 from fewbits.layers.linear import StoredLinear
 from fewbits.models.gguf.architecture import ARCHITECTURES, ROTARY_FACTORS, Architecture, Setting
 from fewbits.models.gguf.blocks import TYPES
@@ -60,10 +60,8 @@ class GgufTensors:
     def layers(self) -> Iterator[tuple[str, StoredLinear]]:
         """What is stored as block types of the blocks' linears, the embedding and the head, by the names of the model's modules."""
         for name in self.names:
-            blocks = self._blocks(name)
-            if self._is_layer(name, blocks):
-                term = read_term(_BY_NUMBER[blocks.type_number], blocks.data)
-                yield name.removesuffix(".weight"), StoredLinear(CompressedTensor((term,)))
+            if self._is_layer(name):
+                yield name.removesuffix(".weight"), StoredLinear(CompressedTensor((_term(self._blocks(name)),)))
 
     def values(self, name: str) -> Tensor:
         """The numbers of a parameter, in the shape that the model has it in. Raises KeyError where there is none of that name."""
@@ -83,19 +81,23 @@ class GgufTensors:
         """GPT-2's layers have their matrices turned."""
         return self.architecture.name == "gpt2" and ".h." in name and values.ndim == 2
 
-    def _is_layer(self, name: str, blocks: Blocks) -> bool:
+    def _is_layer(self, name: str) -> bool:
         written = self.names[name]
         weight = written in TABLES or (written.startswith("blk.") and name.endswith(".weight"))
-        return weight and len(blocks.shape) == 2 and blocks.type_number not in _DTYPES
+        return weight and len(self.file.shapes[written]) == 2 and self.file.type_number(written) not in _DTYPES
 
 
 def values_of(blocks: Blocks) -> Tensor:
     """The numbers that blocks stand for, in the shape of the tensor. Raises InputError for a type that is not known here."""
     if blocks.type_number in _DTYPES:
         return blocks.data.contiguous().view(_DTYPES[blocks.type_number]).reshape(blocks.shape)
+    return _term(blocks).decode().reshape(blocks.shape)
+
+
+def _term(blocks: Blocks) -> Term:
     if blocks.type_number not in _BY_NUMBER:
         known = ", ".join(TYPES)
         raise InputError(
             f"a tensor is of GGUF's type number {blocks.type_number}, and this reader knows {known}, float32, fp16 and bfloat16"
         )
-    return read_term(_BY_NUMBER[blocks.type_number], blocks.data).decode().reshape(blocks.shape)
+    return read_term(_BY_NUMBER[blocks.type_number], blocks.data)

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fewbits.core.errors import InputError
+from fewbits.core.errors import InputError, reason_of
 from fewbits.models.gguf.file import GgufFile
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
@@ -47,8 +47,7 @@ def tokenizer_of(file: GgufFile) -> Any:
     try:  # SentencePiece, whose scores transformers turns into merges
         return AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
     except Exception as error:  # tokenizers raises plain exceptions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{file.path} holds a tokenizer of the kind {kind!r}, which cannot be read ({reason})") from error
+        raise InputError(f"{file.path} holds a tokenizer of the kind {kind!r}, which cannot be read ({reason_of(error)})") from error
 
 
 def _vocabulary(file: GgufFile) -> Vocabulary:
