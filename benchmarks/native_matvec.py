@@ -3,11 +3,11 @@
     python benchmarks/native_matvec.py [results/benchmarks/native_matvec.json] [--rounds 25] [--threads 1 2]
         [--shapes 4096x4096 11008x4096 4096x11008] [--vectors 1 8 32] [--first-in-line]
 
-A sample is one product between two read-only passes over as many bytes as its weights have; candidates take turns, and weights are
-drawn anew from copies that the last-level cache cannot hold. A sample is dropped where a thread waited for a core in it, or where the
-two passes differ by 40 %. Uniform grids in groups of 128 with fp16 scales and packed zero points; codebooks of 16 levels with scales
-in groups of 64, and one for each row; ternary codes in groups of 128. Medians and quartiles of what is left; all ratios are of
-neighbouring samples.
+A sample is a burst of about 6 milliseconds of products one after another, as a model computes them, between two read-only passes over as
+many bytes as their weights have; candidates take turns, and each product has the next of copies that the last-level cache cannot hold. A
+sample is dropped where a thread waited for a core in it, or where the two passes differ by 40 %. Uniform grids in groups of 128 with
+fp16 scales and packed zero points; codebooks of 16 levels with scales in groups of 64, and one for each row; ternary codes in groups
+of 128. Medians and quartiles of what is left; all ratios are of neighbouring samples.
 `--first-in-line` asks the system to run the timed moments before other programs' (Linux, as root), on a machine that is shared.
 """
 
@@ -42,6 +42,7 @@ from fewbits.layers.linear import CompressedLinear, StoredLinear
 
 SHAPES, VECTORS, GROUP = ("4096x4096", "11008x4096", "4096x11008"), (1, 8, 32), 128
 _MEMORY = 256 * 2**20
+_BURST = 0.006  # seconds, about
 _APART = 64 * 2**20  # bytes of the copies of one matrix: twice what the last-level cache holds
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -88,9 +89,9 @@ def random_codewords(rows: int, columns: int, books: int, bits: int) -> Additive
     return Additive(codes, torch.randn(books, 2**bits, 8).half(), torch.rand(rows, 1).half(), rows, columns)
 
 
-def settled(term: Term) -> Term:
-    """As a layer holds it once it is loaded."""
-    return CompressedLinear(StoredLinear(CompressedTensor((term,)))).settle().stored.weight.terms[0]
+def settled(term: Term, rooms: native.Rooms) -> Term:
+    """As a layer of a model holds it once it is loaded."""
+    return CompressedLinear(StoredLinear(CompressedTensor((term,)))).settle(rooms).stored.weight.terms[0]
 
 
 @contextmanager
@@ -150,8 +151,9 @@ def candidates(rows: int, columns: int) -> dict[str, list[tuple[int, Product]]]:
     terms["codebook 4 bit, one a run of rows"] = of(
         lambda: wide_codebook(rows, columns, 4, tuple(range(rows // 8, rows + 1, rows // 8))), 4
     )
+    rooms = native.Rooms()
     for name, copies in terms.items():
-        copies[:] = [settled(term) for term in copies]
+        copies[:] = [settled(term, rooms) for term in copies]
         found[name] = [(sum(tensor.nbytes for tensor in term.tensors().values()), term.matmul) for term in copies]
     few = Sparse.from_dense(torch.randn(rows, columns), torch.rand(rows, columns) < 0.005)
     thin = LowRank(Dense(torch.randn(rows, 32).half()), Dense(torch.randn(32, columns).half()))
@@ -177,43 +179,61 @@ def quartiles(values: list[float]) -> list[float]:
     return [middle, low, high]
 
 
-def sample(size: int, product: Product, inputs: torch.Tensor, memory: torch.Tensor, first: bool) -> tuple[float, float] | None:
-    """Seconds of a product and of reading as many bytes; None where something came between."""
-    start = int(torch.randint(0, (_MEMORY - size) // 4096, (1,))) * 4096 if size < _MEMORY else 0
-    part = memory[start : start + size]
+def burst(
+    copies: list[tuple[int, Product]], count: int, inputs: torch.Tensor, memory: torch.Tensor, first: bool
+) -> tuple[float, float] | None:
+    """Seconds of a product, of `count` one after another, and of reading as many bytes; None where something came between."""
+    size = copies[0][0]
+    places = [i * size % (_MEMORY - size) // 4096 * 4096 if size < _MEMORY else 0 for i in range(count)]
+    parts = [memory[place : place + size] for place in places]
+
+    def read() -> float:
+        return seconds(lambda: [native.read_pass(part) for part in parts]) / count
+
     with in_line(first):
-        native.read_pass(part[: 2**20])  # the threads are awake
+        native.read_pass(memory[: 2**20])  # the threads are awake
         waited = _waited()
-        before = seconds(lambda: native.read_pass(part))
-        taken = seconds(lambda: product(inputs))
-        after = seconds(lambda: native.read_pass(memory[_MEMORY - start - size : _MEMORY - start]))
+        before = read()
+        taken = seconds(lambda: [copies[i % len(copies)][1](inputs) for i in range(count)]) / count
+        after = read()
         lost = _waited() - waited > 20_000
     return None if lost or max(before, after) > 1.4 * min(before, after) else (taken, (before + after) / 2)
 
 
+def count_of(copies: list[tuple[int, Product]], inputs: torch.Tensor) -> int:
+    """How many products make a burst."""
+    for _, product in copies[:2]:
+        product(inputs)
+    return 1 + int(_BURST / min(seconds(lambda product=product: product(inputs)) for _, product in copies))
+
+
 def measure(rows: int, columns: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    memory, table = native.in_large_pages(torch.zeros(_MEMORY, dtype=torch.uint8)), []
+    memory, table = native.Rooms().moved(torch.zeros(_MEMORY, dtype=torch.uint8)), []
     memory.random_(0, 256)
-    products = candidates(rows, columns)
+    products = {name: copies for name, copies in candidates(rows, columns).items() if wanted(name, arguments.weights)}
     for threads in arguments.threads:
         torch.set_num_threads(threads)
         for vectors in arguments.vectors:
-            inputs = torch.randn(vectors, columns)
+            inputs = torch.randn(vectors, columns, dtype=getattr(torch, arguments.dtype))
+            counts = {name: count_of(copies, inputs) for name, copies in products.items()}
             kept: dict[str, list[tuple[int, float, float]]] = {name: [] for name in products}
             for turn in range(arguments.rounds + 1):
                 for name, copies in products.items():
-                    size, product = copies[turn % len(copies)]
-                    found = sample(size, product, inputs, memory, arguments.first_in_line)
+                    found = burst(copies, counts[name], inputs, memory, arguments.first_in_line)
                     if turn and found is not None:  # the first round warms up
                         kept[name].append((turn, *found))
                     time.sleep(0.002)
             for name, samples in kept.items():
                 row: dict[str, object] = {"shape": [rows, columns], "threads": threads, "vectors": vectors, "weights": name}
-                row |= {"bytes": products[name][0][0], "samples": len(samples)}
+                row |= {"bytes": products[name][0][0], "products_of_a_burst": counts[name], "samples": len(samples)}
                 if len(samples) >= 4:
                     row |= compared(samples, products[name][0][0], kept)
                 table.append(row)
     return table
+
+
+def wanted(name: str, weights: list[str]) -> bool:
+    return not weights or name in (*weights, "float32", "bfloat16", "uniform 4 bit")  # what others are set beside
 
 
 def compared(samples: list[tuple[int, float, float]], size: int, kept: dict[str, list[tuple[int, float, float]]]) -> dict[str, object]:
@@ -235,6 +255,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--vectors", type=int, nargs="+", default=list(VECTORS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--weights", nargs="+", default=[], help="Names of weights, instead of all.")
+    parser.add_argument("--dtype", default="float32", help="What inputs are.")
     parser.add_argument("--first-in-line", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -248,7 +270,12 @@ def main() -> None:
             table += measure(rows, columns, arguments)
             loads.append(os.getloadavg()[0])
     assert not dispatch.counts["definition"]
-    machine = {"processor": platform.machine(), "cpus": os.cpu_count(), "instruction_set": native.chosen(), "input_digits": native.digits()}
+    machine = {
+        "processor": platform.machine(),
+        "cpus": os.cpu_count(),
+        "instruction_set": native.chosen(),
+        "input_digits": native.digits(getattr(torch, arguments.dtype)),
+    }
     settings = {"rounds": arguments.rounds, "group_size": GROUP, "first_in_line": arguments.first_in_line, "load_averages": loads}
     result = {"machine": machine, "settings": settings, "versions": {"torch": torch.__version__}, "rows": table}
     arguments.result.parent.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,7 @@ from fewbits.core.tensor import CompressedTensor
 from fewbits.evaluation.speed import densified, measure_models, quartiles
 from fewbits.export.checkpoint import write_checkpoint
 from fewbits.formats.uniform import Uniform
+from fewbits.kernels.native import Rooms
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.packed_attention import attend_natively
 from fewbits.models.source import open_model
@@ -36,20 +37,21 @@ SHAPE |= {"num_key_value_heads": 4, "max_position_embeddings": 2048}
 GROUP = 32
 
 
-def random_linear(rows: int, columns: int) -> CompressedLinear:
+def random_linear(rows: int, columns: int, rooms: Rooms) -> CompressedLinear:
     codes = torch.randint(256, (rows, columns // 2), dtype=torch.uint8)
     scales = (torch.rand(rows, columns // GROUP) * 0.01).half()
-    return CompressedLinear(StoredLinear(CompressedTensor((Uniform(codes, scales, None, rows, columns, 4, GROUP),)))).settle()
+    return CompressedLinear(StoredLinear(CompressedTensor((Uniform(codes, scales, None, rows, columns, 4, GROUP),)))).settle(rooms)
 
 
 def random_model(dtype: torch.dtype, blocks: int = SHAPE["num_hidden_layers"]) -> nn.Module:
     torch.manual_seed(0)
+    rooms = Rooms()
     config = LlamaConfig(**SHAPE | {"num_hidden_layers": blocks})
     with torch.device("meta"):
         model = LlamaForCausalLM(config).eval()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            model.set_submodule(name, random_linear(module.out_features, module.in_features))
+            model.set_submodule(name, random_linear(module.out_features, module.in_features, rooms))
     for name, parameter in list(model.named_parameters()):
         owner, _, last = name.rpartition(".")
         value = torch.ones(parameter.shape) if parameter.ndim == 1 else torch.randn(parameter.shape) * 0.02

@@ -290,7 +290,7 @@ static inline __attribute__((always_inline)) void fetch_grid(const Values& value
 static bool scales_at_once(const Coded& w, const Plan& plan) {
   const auto short_numbers = [](const Values& values) { return values.kind == Values::dense && values.number != Number::f32; };
   const bool zeros_too = w.zeros.kind == Values::none || w.zeros.kind == Values::packed || short_numbers(w.zeros);
-  return plan.tile == 1 && plan.kind != Plan::spread_out && w.groups > 1 && short_numbers(w.scales) && zeros_too;
+  return plan.tile == 1 && plan.kind != Plan::spread_out && short_numbers(w.scales) && zeros_too;
 }
 
 // Scales of some rows times the units of one vector, into `to`, `stride` apart, and what zero points take away, lanes apart.

@@ -154,14 +154,23 @@ static inline Words words(const uint8_t* from) {
   } else {
     constexpr int width = quarter * 2;  // bits that a lane takes
 #ifdef __AVX512BW__
-    const auto part = [from](int index) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + index * quarter)); };
-    __m512i all = _mm512_castsi128_si512(part(0));
-    all = _mm512_inserti32x4(all, part(1), 1);
-    all = _mm512_inserti32x4(all, part(2), 2);
-    all = _mm512_inserti32x4(all, part(3), 3);
-    constexpr int o0 = 0, o1 = width / 8, o2 = width * 2 / 8, o3 = width * 3 / 8;
-    const __m128i order = _mm_setr_epi8(o0, o0 + 1, o0 + 2, o0 + 3, o1, o1 + 1, o1 + 2, o1 + 3, o2, o2 + 1, o2 + 2, o2 + 3, o3, o3 + 1, o3 + 2, o3 + 3);
-    value = reinterpret_cast<Words>(_mm512_shuffle_epi8(all, _mm512_broadcast_i32x4(order)));
+    if constexpr (width == 8 || width == 16) {
+      const __m256i all = width == 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)) : _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      value = reinterpret_cast<Words>(width == 16 ? _mm512_cvtepu16_epi32(all) : _mm512_cvtepu8_epi32(_mm256_castsi256_si128(all)));
+    } else {
+      constexpr int o1 = width / 8, o2 = width * 2 / 8, o3 = width * 3 / 8;
+      const __m128i order = _mm_setr_epi8(0, 1, 2, 3, o1, o1 + 1, o1 + 2, o1 + 3, o2, o2 + 1, o2 + 2, o2 + 3, o3, o3 + 1, o3 + 2, o3 + 3);
+      __m512i all;
+      if constexpr (width == 24) {  // twelve bytes of four lanes into each quarter
+        const __m512i quarters = _mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12);
+        all = _mm512_permutexvar_epi32(quarters, _mm512_maskz_loadu_epi32(0x0fff, from));
+      } else {
+        const auto part = [from](int index) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + index * quarter)); };
+        all = _mm512_inserti32x4(_mm512_castsi128_si512(part(0)), part(1), 1);
+        all = _mm512_inserti32x4(_mm512_inserti32x4(all, part(2), 2), part(3), 3);
+      }
+      value = reinterpret_cast<Words>(_mm512_shuffle_epi8(all, _mm512_broadcast_i32x4(order)));
+    }
 #else
     for (int i = 0; i < lanes; ++i) {
       uint32_t word;
@@ -213,7 +222,7 @@ static inline __m512 look_up_parts(const Floats* levels, __m512i code, const __m
 template <int Bits, int Index>
 static inline Floats look_up(Words word, const Book<Bits>& book) {
 #ifdef __AVX512BW__
-  const __m512i code = reinterpret_cast<__m512i>(Bits < 4 ? (word >> (Bits * Index)) & ((1u << Bits) - 1) : word >> (Bits * Index));
+  const __m512i code = reinterpret_cast<__m512i>(word >> (Bits * Index));  // higher bits choose among equal copies of a small codebook, or are not looked at
   __mmask16 upper[3] = {};
   for (int bit = 5; bit < Bits; ++bit) upper[bit - 5] = _mm512_test_epi32_mask(code, _mm512_set1_epi32(1 << bit));
   return reinterpret_cast<Floats>(look_up_parts<Book<Bits>::parts>(book.levels, code, upper));

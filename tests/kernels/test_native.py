@@ -64,6 +64,8 @@ def assert_agrees(term, inputs: Tensor) -> None:
     assert found.dtype == inputs.dtype and found.shape == (*inputs.shape[:-1], term.shape[0])
     expected = inputs.double() @ term.define(torch.float64).T
     limit = FLOAT32_LIMIT * inputs.double().abs().sum(-1, keepdim=True) * grid_size(term).T
+    if inputs.dtype == torch.bfloat16:  # two digits
+        limit += DIGITS_LIMIT[2] * inputs.shape[-1] ** 0.5 * inputs.double().abs().amax(-1, keepdim=True) * grid_size(term).T
     limit = limit + ROUNDED_TO[inputs.dtype] * (expected.abs() + limit) + torch.finfo(inputs.dtype).smallest_normal
     assert bool(((found.double() - expected).abs() <= limit).all())
 
@@ -85,6 +87,18 @@ def test_fewer_digits_of_inputs_are_asked_for_and_keep_their_own_limit(isa, bits
             rounded = bool((error > FLOAT32_LIMIT * some.double().abs().sum(-1, keepdim=True)).any())
             if digits == 1:  # where kernels compute in fixed point the choice is a loss, elsewhere there is none
                 assert rounded == fixed_point(isa, bits)
+
+
+@pytest.mark.parametrize("dtype, digits", [(torch.bfloat16, "2"), (torch.float16, "3"), (torch.float32, "3")])
+def test_bfloat16_inputs_have_two_digits_and_others_three_where_nothing_is_asked_for(isa, dtype, digits, monkeypatch):
+    term, inputs = uniform(4, 40, 1024, 128, "integer"), torch.randn(2, 1024, generator=sample(4)).to(dtype)
+    unasked = term.matmul(inputs)
+    found = {}
+    for asked in ("1", "2", "3"):
+        monkeypatch.setenv("FEWBITS_INPUT_DIGITS", asked)
+        found[asked] = term.matmul(inputs)
+    assert torch.equal(unasked, found[digits])
+    assert torch.equal(found["1"], found["3"]) != fixed_point(isa, 4)
 
 
 def test_digits_out_of_range_are_an_error(isa, monkeypatch):

@@ -15,6 +15,7 @@ from fewbits.core.errors import FewbitsError, InputError
 from fewbits.core.files import written_whole
 from fewbits.export.folder import copy_companions, quantization_config, write_shards
 from fewbits.export.stack import Stack, describe_stack, memory_in_bytes, shortened
+from fewbits.kernels.native import Rooms
 from fewbits.layers.linear import CompressedLayer, CompressedLinear, StoredLinear
 from fewbits.models.adapter import Adapter
 from fewbits.models.packed_attention import attend_natively
@@ -174,9 +175,10 @@ def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32, memory: int 
 def with_layers(source: ModelSource, layers: Iterable[tuple[str, StoredLinear]], dtype: torch.dtype) -> PreTrainedModel:
     """The model of `source` with compressed `layers` in the place of its own, the rest from its files in `dtype`; in eval mode."""
     model = _put_together(source, layers, dtype)
+    rooms = Rooms()
     for module in model.modules():
         if isinstance(module, CompressedLayer):
-            module.settle()
+            module.settle(rooms)
     return model
 
 

@@ -20,6 +20,7 @@ except ImportError:
 
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512vnni", "neon", "neondot")  # every name that FEWBITS_FORCE_ISA may hold
 _LARGE = 4 * 2**20  # bytes of a tensor that has whole large pages, of 2 MiB, in it
+_PIECE, _LINE = 16 * 2**20, 64  # bytes that small tensors share, and that each begins at a multiple of
 _NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -65,11 +66,13 @@ def _choose(forced: str) -> str | None:
     return forced
 
 
-def digits() -> int:
-    """Of 8 bits, that inputs are rounded to where kernels compute in fixed point: 3, as exact as float32, unless FEWBITS_INPUT_DIGITS
-    asks for 2 or 1, which are faster. Raises InputError for anything else.
+def digits(dtype: torch.dtype) -> int:
+    """Of 8 bits, that inputs of a dtype are rounded to where kernels compute in fixed point.
+
+    3, as exact as float32; 2 for bfloat16, whose outputs are rounded to far less; what FEWBITS_INPUT_DIGITS says, where it is set.
+    Raises InputError where that is not 1, 2 or 3.
     """
-    asked = os.environ.get("FEWBITS_INPUT_DIGITS", "") or "3"
+    asked = os.environ.get("FEWBITS_INPUT_DIGITS", "") or ("2" if dtype == torch.bfloat16 else "3")
     if asked not in ("1", "2", "3"):
         raise InputError(f"FEWBITS_INPUT_DIGITS={asked!r} is out of range; 1, 2 or 3 would be right")
     return int(asked)
@@ -90,7 +93,7 @@ def multiply(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], inputs:
     outputs = inputs.new_empty(*inputs.shape[:-1], layout[0])
     vectors = inputs.numel() // layout[1]
     addresses = inputs.data_ptr(), outputs.data_ptr()
-    sizes = vectors, _NUMBERS[inputs.dtype], torch.get_num_threads(), digits()
+    sizes = vectors, _NUMBERS[inputs.dtype], torch.get_num_threads(), digits(inputs.dtype)
     _extension.multiply(isa, layout, _buffers(tensors), *addresses, *sizes)
     return outputs
 
@@ -165,19 +168,41 @@ def feed_back(
     return True
 
 
-def in_large_pages(tensor: Tensor) -> Tensor:
-    """A copy in memory of large pages, which kernels read faster than small ones or a mapped file's; small tensors, and those that
-    are not on the CPU or where no kernel was built, as they are.
+class Rooms:
+    """Memory for tensors on the CPU that kernels read fast: large pages, small tensors one after another in a piece that they share.
+
+    A piece lives as long as one of its tensors. Where no kernel was built all memory is as torch gives it.
     """
-    if _extension is None or tensor.device.type != "cpu" or tensor.nbytes < _LARGE:
-        return tensor
-    return room_like(tensor).copy_(tensor)
+
+    def __init__(self) -> None:
+        self._piece, self._at = torch.empty(0, dtype=torch.uint8), 0
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Memory for a tensor of this shape and dtype, not written yet."""
+        if _extension is None or is_large(tensor):
+            return room_like(tensor)
+        if self._at + tensor.nbytes > self._piece.numel():
+            self._piece, self._at = room_like(torch.empty(_PIECE, dtype=torch.uint8, device="meta")), 0
+        cut = self._piece[self._at : self._at + tensor.nbytes]
+        self._at += (tensor.nbytes + _LINE - 1) // _LINE * _LINE
+        return cut.view(tensor.dtype).view(tensor.shape)
+
+    def moved(self, tensor: Tensor) -> Tensor:
+        """A copy in such memory; what is not on the CPU, and everything where no kernel was built, as it is."""
+        if _extension is None or tensor.device.type != "cpu":
+            return tensor
+        return self.like(tensor).copy_(tensor)
+
+
+def is_large(tensor: Tensor) -> bool:
+    """Whether a tensor has whole large pages in it."""
+    return tensor.nbytes >= _LARGE
 
 
 def room_like(tensor: Tensor) -> Tensor:
     """Memory for a tensor of this shape and dtype on the CPU, not written yet; in large pages where it is large and kernels were built."""
     room = torch.empty(tensor.shape, dtype=tensor.dtype)
-    if _extension is not None and room.nbytes >= _LARGE:
+    if _extension is not None and is_large(room):
         _extension.prefer_large_pages(room.data_ptr(), room.nbytes)
     return room
 

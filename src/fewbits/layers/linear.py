@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.core.tensor import CompressedTensor, Part, from_stored
-from fewbits.kernels.native import in_large_pages
+from fewbits.kernels.native import Rooms, is_large
 
 _SEPARATOR = "__"  # buffer names may not contain dots
 Stored = TypeVar("Stored", bound=Part)
@@ -58,10 +58,14 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
             self._remember(cast(Stored, from_stored(self.settings, tensors)))
         return self._stored[0]
 
-    def settle(self) -> Self:
-        """Moves large tensors, such as those that lie in a mapped file, into memory that kernels read fast; no value changes."""
+    def settle(self, rooms: Rooms | None = None) -> Self:
+        """Moves tensors, such as those that lie in a mapped file, into memory that kernels read fast; no value changes.
+
+        Small ones move where layers share `rooms`, in which they lie together.
+        """
         for name, buffer in list(self.named_buffers(recurse=False)):
-            setattr(self, name, in_large_pages(buffer))
+            if rooms is not None or is_large(buffer):
+                setattr(self, name, (rooms or Rooms()).moved(buffer))
         _ = self.stored  # what is remembered is of the new buffers: the old ones go
         return self
 

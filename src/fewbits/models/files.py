@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fewbits.core.errors import InputError, reason_of
-from fewbits.kernels.native import room_like
+from fewbits.kernels.native import Rooms
 
 
 def open_file(path: Path) -> Any:
@@ -32,13 +32,14 @@ def read_tensor(file: Any, path: Path, name: str) -> Tensor:
 
 
 class WholeFile:
-    """A file that is read whole, each tensor into memory of its own.
+    """A file that is read whole, into memory that kernels read fast.
 
     Copying out of a mapped file would stop at each of its small pages: reading takes a fifth of the time.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self._mapped = path, open_file(path)  # which looks whether the header is right
+        self._rooms = Rooms()
         self._raw = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
         if hasattr(os, "posix_fadvise"):  # a disk gives a file faster than the pieces that are asked for one by one
             os.posix_fadvise(self._raw.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
@@ -48,7 +49,7 @@ class WholeFile:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor in memory that kernels read fast. Raises InputError where the file does not hold it, or ends before it does."""
-        room = room_like(read_tensor(self._mapped, self.path, name))
+        room = self._rooms.like(read_tensor(self._mapped, self.path, name))
         left = memoryview(cast(Any, room.view(-1).view(torch.uint8).numpy()))
         self._raw.seek(self._places[name])
         while left.nbytes:

@@ -10,6 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fewbits.core.errors import InputError
+from fewbits.kernels.native import Rooms
 from fewbits.layers.linear import CompressedLayer, CompressedLinear
 from fewbits.models.experts import separate_experts
 from fewbits.models.packed_attention import attend_natively
@@ -47,8 +48,9 @@ class FewbitsQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        rooms = Rooms()
         for module in model.modules():
             if isinstance(module, CompressedLayer):
-                module.settle()
+                module.settle(rooms)
         attend_natively(model)
         return model
