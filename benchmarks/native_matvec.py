@@ -41,9 +41,9 @@ from fewbits.kernels import dispatch, native
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 
 SHAPES, VECTORS, GROUP = ("4096x4096", "11008x4096", "4096x11008"), (1, 8, 32), 128
-_MEMORY = 256 * 2**20
+MEMORY = 256 * 2**20
 _BURST = 0.006  # seconds, about
-_APART = 64 * 2**20  # bytes of the copies of one matrix: twice what the last-level cache holds
+APART = 64 * 2**20  # bytes of the copies of one matrix: twice what the last-level cache holds
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -136,7 +136,7 @@ def candidates(rows: int, columns: int) -> dict[str, list[tuple[int, Product]]]:
         ]
 
     def of(make: Callable[[], Term], bits: int) -> list[Term]:
-        return [make() for _ in range(max(2, _APART // (rows * columns * bits // 8)))]
+        return [make() for _ in range(max(2, APART // (rows * columns * bits // 8)))]
 
     terms = {f"uniform {bits} bit": of(lambda bits=bits: random_term(rows, columns, bits), bits) for bits in (2, 3, 4, 8)}
     terms["codebook 4 bit"] = of(lambda: random_codebook(rows, columns, False), 4)
@@ -184,7 +184,7 @@ def burst(
 ) -> tuple[float, float] | None:
     """Seconds of a product, of `count` one after another, and of reading as many bytes; None where something came between."""
     size = copies[0][0]
-    places = [i * size % (_MEMORY - size) // 4096 * 4096 if size < _MEMORY else 0 for i in range(count)]
+    places = [i * size % (MEMORY - size) // 4096 * 4096 if size < MEMORY else 0 for i in range(count)]
     parts = [memory[place : place + size] for place in places]
 
     def read() -> float:
@@ -208,7 +208,7 @@ def count_of(copies: list[tuple[int, Product]], inputs: torch.Tensor) -> int:
 
 
 def measure(rows: int, columns: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    memory, table = native.Rooms().moved(torch.zeros(_MEMORY, dtype=torch.uint8)), []
+    memory, table = native.Rooms().moved(torch.zeros(MEMORY, dtype=torch.uint8)), []
     memory.random_(0, 256)
     products = {name: copies for name, copies in candidates(rows, columns).items() if wanted(name, arguments.weights)}
     for threads in arguments.threads:
