@@ -11,6 +11,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+from product_tables import products
+
 ROOT = Path(__file__).parents[1]
 BASELINES = ("gptq", "rtn", "kivi")  # whose curves stand beside the other methods of their folder
 REGION = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -25,6 +27,8 @@ def table(path: Path) -> str:
         return reproduced(path)
     result = json.loads(path.read_text())
     rows = result["rows"]
+    if "vectors" in rows[0]:
+        return "\n".join(_markdown(*one) for one in products(result))
     if "perplexity" not in rows[0]:
         return _plain(rows)
     curves = {name: _curve(path.parent / f"{name}.json") for name in BASELINES if (path.parent / f"{name}.json").is_file()}
