@@ -8,6 +8,7 @@
 #include "kmeans.h"
 #include "reader.h"
 #include "runtime.h"
+#include "sum_bindings.h"
 
 namespace nb = nanobind;
 using fewbits::Coded;
@@ -215,5 +216,6 @@ NB_MODULE(_native, module) {
   module.def("rotate", &rotate, nb::arg("isa"), nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"),
              "Vectors times a Hadamard matrix, with signs or without.");
   module.def("reorder", &reorder, nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"), "Features of vectors in another order.");
+  fewbits::bind_sums(module);
   module.def("read_pass", &read_pass, nb::arg("address"), nb::arg("bytes"), nb::arg("threads"), "Reads all bytes: what memory can give.");
 }

@@ -35,6 +35,7 @@ class Reader {
   }
 
   const Coded& read_matrix() { return read_coded(0); }
+  const Coded& read_any() { return read_coded(0, true); }
 
   void finish() const { require(at_ == layout_.size() && buffer_ == buffers_.size(), "a layout describes less than was given"); }
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 #include <stdexcept>
 
 #if defined(__linux__)
@@ -13,6 +12,8 @@
 #endif
 
 #include "feedback_job.h"
+#include "room.h"
+#include "sum.h"
 #include "threads.h"
 
 namespace fewbits {
@@ -52,43 +53,10 @@ std::vector<const Kernels*> find_available() {
   return found;
 }
 
-// Memory of a calling thread that is kept from one product to the next, so that small products ask the system for nothing.
-class Room {
- public:
-  float* floats(int64_t count) {
-    constexpr int64_t line = 16;
-    if (count + line > size_) {
-      memory_.reset();  // before the new one is asked for
-      memory_.reset(new float[static_cast<size_t>(count + line)]);
-      size_ = count + line;
-    }
-    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    return memory_.get() + (64 - address % 64) % 64 / 4;
-  }
-
- private:
-  std::unique_ptr<float[]> memory_;
-  int64_t size_ = 0;
-};
-
 constexpr int64_t part = 1 << 18;  // bytes that a thread reads at a time
 typedef uint64_t Line __attribute__((vector_size(64)));
 
-thread_local Room prepared_room, scratch_room;
-
-// Long runs of rows are fetched better than short ones; a part of a sixteenth at a time leaves no thread waiting for long.
-int64_t task_rows(const Coded& matrix, int threads) {
-  const int64_t least = matrix.form == Coded::plain ? 4 : chunk_rows;  // of a factor there may be few rows, and long ones
-  return std::max(matrix.rows / (16 * threads) / least * least, least);
-}
-
-const char* what_is_broken(const Coded& matrix) {
-  if (matrix.form == Coded::vectors) return "a code has no codeword";
-  if (matrix.form == Coded::mixed) return "rows have different numbers of wide groups";
-  return "a sparse matrix has entries outside of it";
-}
-
-int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+thread_local Room scratch_room;
 
 }  // namespace
 
@@ -104,35 +72,12 @@ const Kernels& find_kernels(const std::string& name) {
   throw std::invalid_argument("instruction set " + name + " is not available");
 }
 
-void multiply(const Kernels& kernels, const Product& given, int threads) {
-  std::atomic<bool> broken{false};
-  Product product = given;
-  product.broken = &broken;
-  struct Job {
-    const Kernels& kernels;
-    const Product& product;
-    float* prepared;
-    float* scratch;
-    int64_t scratch_each;
-    int64_t rows;  // of a task
-  };
-  if (product.vectors == 0 || product.matrix->rows == 0) return;
-  threads = std::max(threads, 1);
-  const int64_t each = whole_lines(kernels.scratch_floats(*product.matrix, product.vectors));
-  Job job{kernels, product, prepared_room.floats(kernels.prepared_floats(product)), scratch_room.floats(each * threads), each, task_rows(*product.matrix, threads)};
-  const auto prepare = [](void* context, int64_t vector, int) {
-    const Job& job = *static_cast<Job*>(context);
-    job.kernels.prepare(job.product, vector, job.prepared);
-  };
-  const int64_t vectors = kernels.padded_vectors(product.vectors);
-  run_tasks(vectors * product.matrix->columns < (1 << 16) ? 1 : threads, vectors, prepare, &job);
-  const auto work = [](void* context, int64_t task, int worker) {
-    const Job& job = *static_cast<Job*>(context);
-    const int64_t first = task * job.rows, last = std::min(first + job.rows, job.product.matrix->rows);
-    job.kernels.multiply(job.product, job.prepared, first, last, job.scratch + worker * job.scratch_each);
-  };
-  run_tasks(threads, (product.matrix->rows + job.rows - 1) / job.rows, work, &job);
-  if (broken.load()) throw std::invalid_argument(what_is_broken(*product.matrix));
+void multiply(const Kernels& kernels, const Product& product, int threads) {
+  Sum sum;
+  sum.terms.push_back({product.matrix});
+  sum.rows = product.matrix->rows;
+  sum.columns = product.matrix->columns;
+  multiply_sums(kernels, {sum}, product.inputs, {product.outputs}, product.vectors, product.number, threads, product.digits);
 }
 
 void decode(const Kernels& kernels, const Coded& matrix, int64_t first, int64_t last, void* out, Number number, int threads) {

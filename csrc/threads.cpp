@@ -144,4 +144,35 @@ void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t, int), vo
   for (int64_t task = 0; task < tasks; ++task) work(context, task, 0);
 }
 
+void run_stages(int threads, const std::vector<Stage>& stages) {
+  // Tasks are taken in order, and each waits for some that were taken before: whoever took those goes on, however few threads there are.
+  struct Count {
+    alignas(64) std::atomic<int64_t> left;
+  };
+  struct Job {
+    const std::vector<Stage>& stages;
+    std::vector<Count> counts;
+  };
+  Job job{stages, std::vector<Count>(stages.size())};
+  int64_t tasks = 0;
+  for (size_t i = 0; i < stages.size(); ++i) {
+    job.counts[i].left.store(stages[i].tasks, std::memory_order_relaxed);
+    tasks += stages[i].tasks;
+  }
+  const auto work = [](void* context, int64_t task, int worker) {
+    Job& job = *static_cast<Job*>(context);
+    size_t stage = 0;
+    for (; task >= job.stages[stage].tasks; ++stage) task -= job.stages[stage].tasks;
+    for (size_t before = 0; before < stage; ++before) {
+      for (int waits = 0; job.counts[before].left.load(std::memory_order_acquire) != 0; ++waits) {
+        if (waits < 4000) pause();
+        else std::this_thread::yield();
+      }
+    }
+    job.stages[stage].work(task, worker);
+    job.counts[stage].left.fetch_sub(1, std::memory_order_release);
+  };
+  run_tasks(threads, tasks, work, &job);
+}
+
 }  // namespace fewbits

@@ -126,6 +126,10 @@ class Term(Part):
         """`inputs [..., columns] @ decode().T`, the definition that every kernel is compared with."""
         return inputs @ self.decode(inputs.dtype).T
 
+    def matmul_with(self, others: tuple[Term, ...], inputs: Tensor) -> Tensor:
+        """`inputs [..., columns]` times the sum of this term and `others`: one product after another, unless a kernel adds them up."""
+        return _sum(term.matmul(inputs) for term in (self, *others))
+
     def matmul_transposed(self, inputs: Tensor) -> Tensor:
         """`inputs [..., rows] @ decode()`, the definition of what a transposed term computes."""
         return inputs @ self.decode(inputs.dtype)
@@ -200,8 +204,13 @@ class CompressedTensor(Part, kind="compressed_tensor"):
         """
         for transform in self.input_transforms:
             inputs = transform.apply(inputs)
-        rounded = inputs if quantize is None else quantize(inputs)
-        outputs = _sum(term.matmul(inputs if term.reads_unrounded else rounded) for term in self.terms)
+        if quantize is None:
+            reads = [(self.terms, inputs)]
+        else:
+            exact = tuple(term for term in self.terms if term.reads_unrounded)
+            others = tuple(term for term in self.terms if not term.reads_unrounded)
+            reads = [(terms, read) for terms, read in ((others, quantize(inputs)), (exact, inputs)) if terms]
+        outputs = _sum(terms[0].matmul_with(terms[1:], read) for terms, read in reads)
         for transform in self.output_transforms:
             outputs = transform.apply(outputs)
         return outputs

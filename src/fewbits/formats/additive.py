@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.core.tensor import Term
+from fewbits.formats.coded import Described
 from fewbits.formats.packing import pack, unpack
 from fewbits.kernels import dispatch
 from fewbits.kernels.layout import vectors
+from fewbits.kernels.sums import Factors
 
 
 @dataclass(frozen=True, eq=False)
-class Additive(Term, kind="additive"):
+class Additive(Described, kind="additive"):
     """Packed codes `[rows, bytes]`, `codebooks [books, entries, unit]`, and `scales [rows, 1]` or None.
 
     Each group of `unit` neighbouring columns of a row has one code for each codebook. Where the columns end inside the last
@@ -67,10 +68,9 @@ class Additive(Term, kind="additive"):
         values = decode_additive(self.unpacked_codes(), self.codebooks.float(), self.columns)
         return (values if self.scales is None else values * self.scales.float()).to(dtype)
 
-    def matmul(self, inputs: Tensor) -> Tensor:
-        described = vectors(self.codes, self.codebooks, self.scales, (self.rows, self.columns))
-        found = dispatch.multiply(described, inputs)
-        return super().matmul(inputs) if found is None else found
+    def factors(self) -> Factors | None:
+        found = vectors(self.codes, self.codebooks, self.scales, (self.rows, self.columns))
+        return None if found is None else (found,)
 
     def matmul_transposed(self, inputs: Tensor) -> Tensor:
         """`inputs [..., rows] @ decode()`."""

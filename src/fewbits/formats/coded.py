@@ -8,11 +8,42 @@ import torch
 from torch import Tensor
 
 from fewbits.core.tensor import Term
-from fewbits.kernels import dispatch
+from fewbits.kernels import dispatch, sums
 from fewbits.kernels.layout import ABSENT, Description, dense, nested
 
 
-class Coded(Term):
+class Described(Term):
+    """A term that kernels can multiply as it is stored, by itself or as one of a sum."""
+
+    @abstractmethod
+    def factors(self) -> sums.Factors | None:
+        """The matrix, or the two whose product it is, as kernels read them; None where none can."""
+
+    def matmul(self, inputs: Tensor) -> Tensor:
+        factors = self.factors()
+        found = None if factors is None or len(factors) > 1 else dispatch.multiply(factors[0], inputs)
+        return super().matmul(inputs) if found is None else found
+
+    def matmul_with(self, others: tuple[Term, ...], inputs: Tensor) -> Tensor:
+        found = multiply_terms((self, *others), inputs) if others else None
+        return super().matmul_with(others, inputs) if found is None else found
+
+
+def multiply_terms(terms: tuple[Term, ...], inputs: Tensor) -> Tensor | None:
+    """`inputs [..., columns]` times the sum of `terms` in one call; None where no kernel serves."""
+    rows, columns = terms[0].shape
+    described = describe_terms(terms) if inputs.shape[-1] == columns and sums.may_add(inputs) else None
+    return None if described is None else sums.multiply_sum(described, rows, inputs)
+
+
+def describe_terms(terms: tuple[Term, ...]) -> list[sums.Factors] | None:
+    """All terms as kernels read them; None where they cannot read one."""
+    found = [term.factors() if isinstance(term, Described) else None for term in terms]
+    there = [factors for factors in found if factors is not None]
+    return there if len(there) == len(found) else None
+
+
+class Coded(Described):
     """A term whose values kernels can compute from its codes. The definition is `define`; kernels agree with it."""
 
     @abstractmethod
@@ -22,6 +53,10 @@ class Coded(Term):
     @abstractmethod
     def described(self) -> Description | None:
         """The term as kernels read it; None where none can."""
+
+    def factors(self) -> sums.Factors | None:
+        found = self.described()
+        return None if found is None else (found,)
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         found = dispatch.decode(self.described(), dtype)

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
-from fewbits.formats.coded import describe_numbers
+from fewbits.formats.coded import Described, describe_numbers
 from fewbits.formats.packing import pack, unpack
-from fewbits.kernels import dispatch, layout
+from fewbits.kernels import layout
+from fewbits.kernels.sums import Factors
 
 
 @dataclass(frozen=True, eq=False)
-class MixedGroups(Term, kind="mixed_groups"):
+class MixedGroups(Described, kind="mixed_groups"):
     """value = (code - zero) * scale; of each row's groups equally many are wide, one flag bit a group says which.
 
     `narrow` and `wide` hold the codes of a row's groups in their order, packed; scales and zero points are terms
@@ -67,16 +68,11 @@ class MixedGroups(Term, kind="mixed_groups"):
         scales, zeros = (one.decode().repeat_interleave(self.group_size, dim=1) for one in (self.scales, self.zero_points))
         return ((self.unpacked_codes().float() - zeros) * scales).to(dtype)
 
-    def matmul(self, inputs: Tensor) -> Tensor:
-        found = dispatch.multiply(self._described(), inputs)
-        return super().matmul(inputs) if found is None else found
-
-    def _described(self) -> layout.Description | None:
-        """As kernels read it; None where they cannot."""
+    def factors(self) -> Factors | None:
         scales, zeros = describe_numbers(self.scales), describe_numbers(self.zero_points)
         # A row's bytes say how many groups are wide where a group fills a byte; the flags are not read for it, which would be slow.
         if scales is None or zeros is None or not self.flags.numel() or self.group_size * self.wide_bits < 8:
             return None
         wide = 8 * self.wide.shape[1] // (self.wide_bits * self.group_size)
         sizes = (self.narrow_bits, self.wide_bits, wide)
-        return layout.mixed_groups((self.narrow, self.wide, self.flags), self.columns, self.group_size, sizes, (scales, zeros))
+        return (layout.mixed_groups((self.narrow, self.wide, self.flags), self.columns, self.group_size, sizes, (scales, zeros)),)

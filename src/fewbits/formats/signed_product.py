@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.core.tensor import Term
-from fewbits.kernels import dispatch, layout
+from fewbits.formats.coded import Described
+from fewbits.kernels import layout
+from fewbits.kernels.sums import Factors
 
 
 @dataclass(frozen=True, eq=False)
-class SignedProduct(Term, kind="signed_product"):
+class SignedProduct(Described, kind="signed_product"):
     """S * (left right), entry by entry, S of -1 and 1.
 
     Signs are one stream of bits over the whole matrix, row after row, uint8 `[(rows * columns + 7) // 8]`: 1 is plus, the first
@@ -47,9 +48,9 @@ class SignedProduct(Term, kind="signed_product"):
         product = self.left.float() @ self.right.float()
         return torch.where(unpack_signs(self.signs, self.shape), product, -product).to(dtype)
 
-    def matmul(self, inputs: Tensor) -> Tensor:
-        found = dispatch.multiply(layout.signed_product(self.signs, self.left, self.right), inputs)
-        return super().matmul(inputs) if found is None else found
+    def factors(self) -> Factors | None:
+        found = layout.signed_product(self.signs, self.left, self.right)
+        return None if found is None else (found,)
 
 
 def pack_signs(plus: Tensor) -> Tensor:

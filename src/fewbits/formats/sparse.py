@@ -10,12 +10,14 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
+from fewbits.formats.coded import Described
 from fewbits.formats.packing import pack, unpack
-from fewbits.kernels import dispatch, layout
+from fewbits.kernels import layout
+from fewbits.kernels.sums import Factors
 
 
 @dataclass(frozen=True, eq=False)
-class Sparse(Term, kind="sparse"):
+class Sparse(Described, kind="sparse"):
     """Compressed sparse rows: `values [entries]`, their `column_indices`, and where each row starts, `row_pointers [rows + 1]`.
 
     Column indices are int16 up to 32768 columns, else int32; row pointers are int32. Made by `from_dense`.
@@ -52,9 +54,9 @@ class Sparse(Term, kind="sparse"):
         matrix[rows, self.column_indices.long()] = self.values.float()
         return matrix.to(dtype)
 
-    def matmul(self, inputs: Tensor) -> Tensor:
-        found = dispatch.multiply(layout.sparse(self.values, self.column_indices, self.row_pointers, self.columns), inputs)
-        return super().matmul(inputs) if found is None else found
+    def factors(self) -> Factors | None:
+        found = layout.sparse(self.values, self.column_indices, self.row_pointers, self.columns)
+        return None if found is None else (found,)
 
     def taken(self, rows: Tensor) -> Sparse:
         starts, counts = self.row_pointers[rows].long(), self.row_pointers.diff()[rows].long()

@@ -13,6 +13,7 @@ from fewbits.formats.coded import Coded, describe_numbers, spread_groups, stored
 from fewbits.formats.packing import pack, unpack
 from fewbits.kernels import dispatch
 from fewbits.kernels.layout import ABSENT, Description, coded, dense
+from fewbits.kernels.sums import Factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,9 @@ class Stepped(Coded, kind="stepped"):
     def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
         multiples = self.unpacked_codes().float() * spread_groups(stored_numbers(self.steps), self.group_size, self.columns)
         return self._raised(multiples).to(dtype)
+
+    def factors(self) -> Factors | None:
+        return super().factors() if self.minimums is None else None
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         multiples = dispatch.decode(self.described(), torch.float32)

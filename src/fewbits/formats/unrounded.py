@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from fewbits.core.tensor import Term
+from fewbits.formats.coded import Described
+from fewbits.kernels.sums import Factors
 
 
 @dataclass(frozen=True, eq=False)
-class Unrounded(Term, kind="unrounded"):
+class Unrounded(Described, kind="unrounded"):
     """`inner`, with the inputs before the activation quantizer."""
 
     inner: Term
@@ -24,6 +26,9 @@ class Unrounded(Term, kind="unrounded"):
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.inner.decode(dtype)
+
+    def factors(self) -> Factors | None:
+        return self.inner.factors() if isinstance(self.inner, Described) else None
 
     def matmul(self, inputs: Tensor) -> Tensor:
         return self.inner.matmul(inputs)

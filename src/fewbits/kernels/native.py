@@ -94,7 +94,22 @@ def multiply(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], inputs:
     vectors = inputs.numel() // layout[1]
     addresses = inputs.data_ptr(), outputs.data_ptr()
     sizes = vectors, _NUMBERS[inputs.dtype], torch.get_num_threads(), digits(inputs.dtype)
-    _extension.multiply(isa, layout, _buffers(tensors), *addresses, *sizes)
+    _extension.multiply(isa, layout, buffers(tensors), *addresses, *sizes)
+    return outputs
+
+
+def multiply_sums(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], rows: Sequence[int], inputs: Tensor) -> list[Tensor]:
+    """`inputs [..., columns]` times each of the sums that `layout` describes one behind the other, which have so many `rows`.
+
+    Raises ValueError where the tensors do not have the sizes that the layout says.
+    """
+    assert _extension is not None
+    inputs = inputs.contiguous()
+    outputs = [inputs.new_empty(*inputs.shape[:-1], count) for count in rows]
+    vectors = inputs.numel() // inputs.shape[-1]
+    sizes = vectors, _NUMBERS[inputs.dtype], torch.get_num_threads(), digits(inputs.dtype)
+    columns, found = inputs.shape[-1], [output.data_ptr() for output in outputs]
+    _extension.multiply_sums(isa, layout, buffers(tensors), inputs.data_ptr(), found, [columns, *rows], *sizes)
     return outputs
 
 
@@ -110,7 +125,7 @@ def decode(
     assert _extension is not None
     if outputs is None:
         outputs = torch.empty(rows[1] - rows[0], layout[1], dtype=dtype)
-    _extension.decode(isa, layout, _buffers(tensors), *rows, outputs.data_ptr(), _NUMBERS[dtype], torch.get_num_threads())
+    _extension.decode(isa, layout, buffers(tensors), *rows, outputs.data_ptr(), _NUMBERS[dtype], torch.get_num_threads())
     return outputs
 
 
@@ -125,7 +140,7 @@ def rotate(isa: str, vectors: Tensor, order: int, signs: Tensor | None, seed: Te
     outputs, size = torch.empty_like(vectors), vectors.shape[-1]
     sizes = (vectors.numel() // size, size, _NUMBERS[vectors.dtype], order, int(signs_last), int(signs is not None))
     held = [vectors, outputs, *(tensor.contiguous() for tensor in (signs, seed) if tensor is not None)]
-    _extension.rotate(isa, sizes, _buffers(held), torch.get_num_threads())
+    _extension.rotate(isa, sizes, buffers(held), torch.get_num_threads())
     return outputs
 
 
@@ -138,7 +153,7 @@ def reorder(vectors: Tensor, packed: Tensor, bits: int) -> Tensor:
     vectors, packed = vectors.contiguous(), packed.contiguous()
     outputs, features = torch.empty_like(vectors), vectors.shape[-1]
     sizes = (vectors.numel() // features, features, vectors.element_size(), bits)
-    _extension.reorder(sizes, _buffers((vectors, outputs, packed)), torch.get_num_threads())
+    _extension.reorder(sizes, buffers((vectors, outputs, packed)), torch.get_num_threads())
     return outputs
 
 
@@ -164,7 +179,7 @@ def feed_back(
         return False
     assert _extension is not None
     sizes = (current.shape[1], current.shape[0], *columns, largest)
-    _extension.feed_back(isa, sizes, _buffers(held), torch.get_num_threads())
+    _extension.feed_back(isa, sizes, buffers(held), torch.get_num_threads())
     return True
 
 
@@ -207,7 +222,8 @@ def room_like(tensor: Tensor) -> Tensor:
     return room
 
 
-def _buffers(tensors: Sequence[Tensor]) -> list[int]:
+def buffers(tensors: Sequence[Tensor]) -> list[int]:
+    """An address and a size for each."""
     return [number for tensor in tensors for number in (tensor.data_ptr(), tensor.nbytes)]
 
 

@@ -1,0 +1,185 @@
+#define FEWBITS_ISA portable
+#include "sum.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "rounding.h"
+#include "room.h"
+#include "runtime.h"
+
+namespace fewbits {
+namespace {
+
+thread_local Room room;
+
+const char* what_is_broken(const Coded& matrix) {
+  if (matrix.form == Coded::vectors) return "a code has no codeword";
+  if (matrix.form == Coded::mixed) return "rows have different numbers of wide groups";
+  return "a sparse matrix has entries outside of it";
+}
+
+// Whether kernels lay inputs out for both in the same way.
+bool same_layout(const Coded& a, const Coded& b) {
+  if (&a == &b) return true;
+  if (a.form != b.form || a.columns != b.columns) return false;
+  if (a.form == Coded::plain || a.form == Coded::sparse) return true;
+  const bool packed = a.form == Coded::packed && a.bits == b.bits && a.group == b.group;
+  return packed && a.levels.kind == b.levels.kind && a.level_groups == b.level_groups;
+}
+
+// Whether a sum adds nothing up, so that the kernel writes what it rounded where it belongs.
+bool rounds_itself(const Sum& sum) { return sum.terms.size() == 1 && sum.biases.empty(); }
+
+// Of a factor there may be few rows, and long ones.
+int64_t inner_rows(const Coded& matrix, int threads) {
+  const int64_t least = matrix.form == Coded::plain ? 4 : chunk_rows;
+  return std::max(matrix.rows / (4 * threads) / least * least, least);
+}
+
+// Whose task it is, of those that begin there.
+size_t place_of(const std::vector<int64_t>& begins, int64_t task) {
+  return static_cast<size_t>(std::upper_bound(begins.begin(), begins.end(), task) - begins.begin()) - 1;
+}
+
+}  // namespace
+
+int64_t rows_of_task(int64_t rows, int threads) {
+  // Long runs of rows are fetched better than short ones; a part of a sixteenth at a time leaves no thread waiting for long.
+  return std::max(rows / (16 * threads) / chunk_rows * chunk_rows, chunk_rows);
+}
+
+Stage stage_of_rows(const std::vector<const Sum*>& sums, int64_t rows, std::function<void(size_t, int64_t, int64_t, int)> work) {
+  std::vector<int64_t> begins{0};  // of each sum's tasks
+  for (const Sum* sum : sums) begins.push_back(begins.back() + (sum->rows + rows - 1) / rows);
+  const auto run = [=](int64_t task, int worker) {
+    const size_t sum = place_of(begins, task);
+    const int64_t first = (task - begins[sum]) * rows;
+    work(sum, first, std::min(first + rows, sums[sum]->rows), worker);
+  };
+  return {begins.back(), run};
+}
+
+Products::Products(const Kernels& kernels, const std::vector<const Sum*>& sums, int64_t vectors, Number number, int digits)
+    : kernels_(kernels), sums_(sums), vectors_(vectors), number_(number), digits_(digits) {
+  for (const Sum* sum : sums_) {
+    for (const Summand& term : sum->terms) if (term.inner != nullptr) entries_.push_back({term.inner, layout_for(*term.inner)});
+  }
+  int64_t inner = 0;
+  for (const Sum* sum : sums_) {
+    first_terms_.push_back(entries_.size());
+    for (const Summand& term : sum->terms) {
+      const bool has_inner = term.inner != nullptr;
+      if (has_inner) inner_.push_back(entries_.size());
+      entries_.push_back({term.matrix, has_inner ? 0 : layout_for(*term.matrix), has_inner ? inner++ : -1, rounds_itself(*sum)});
+    }
+  }
+  broken_.reset(new std::atomic<bool>[entries_.size()]);
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    broken_[i].store(false);
+    const Coded& matrix = *entries_[i].matrix;
+    if (!entries_[i].direct) floats_ += whole_lines(vectors_ * matrix.rows);
+    if (entries_[i].inner >= 0) floats_ += whole_lines(kernels_.prepared_floats(product(i, nullptr, nullptr, Number::f32)));
+    scratch_ = std::max(scratch_, whole_lines(kernels_.scratch_floats(matrix, vectors_)));
+  }
+}
+
+size_t Products::layout_for(const Coded& matrix) {
+  const auto found = std::find_if(layouts_.begin(), layouts_.end(), [&](const Layout& layout) { return same_layout(*layout.matrix, matrix); });
+  if (found != layouts_.end()) return static_cast<size_t>(found - layouts_.begin());
+  layouts_.push_back({&matrix, nullptr});
+  floats_ += whole_lines(kernels_.prepared_floats({&matrix, nullptr, nullptr, vectors_, number_, digits_}));
+  return layouts_.size() - 1;
+}
+
+Product Products::product(size_t entry, const void* inputs, void* outputs, Number number) const {
+  return {entries_[entry].matrix, inputs, outputs, vectors_, number, digits_, &broken_[entry]};
+}
+
+void Products::place(float* room) {
+  const auto take = [&room](int64_t count) {
+    float* taken = room;
+    room += whole_lines(count);
+    return taken;
+  };
+  for (Layout& layout : layouts_) layout.prepared = take(kernels_.prepared_floats({layout.matrix, nullptr, nullptr, vectors_, number_, digits_}));
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    if (!entries_[i].direct) entries_[i].outputs = take(vectors_ * entries_[i].matrix->rows);
+    if (entries_[i].inner >= 0) entries_[i].prepared = take(kernels_.prepared_floats(product(i, nullptr, nullptr, Number::f32)));
+  }
+}
+
+void Products::prepare(const void* inputs, int64_t vector) const {
+  for (const Layout& layout : layouts_) kernels_.prepare({layout.matrix, inputs, nullptr, vectors_, number_, digits_}, vector, layout.prepared);
+}
+
+void Products::add_inner_stages(std::vector<Stage>& stages, int threads, float* scratch) const {
+  if (inner_.empty()) return;
+  std::vector<int64_t> begins{0};  // of each factor's tasks
+  for (size_t i = 0; i < inner_.size(); ++i) {
+    const Coded& matrix = *entries_[i].matrix;
+    const int64_t rows = inner_rows(matrix, threads);
+    begins.push_back(begins.back() + (matrix.rows + rows - 1) / rows);
+  }
+  stages.push_back({begins.back(), [=](int64_t task, int worker) {
+    const size_t i = place_of(begins, task);
+    const Coded& matrix = *entries_[i].matrix;
+    const int64_t rows = inner_rows(matrix, threads), first = (task - begins[i]) * rows;
+    kernels_.multiply(product(i, nullptr, entries_[i].outputs, Number::f32), prepared(i), first, std::min(first + rows, matrix.rows),
+                      scratch + worker * scratch_);
+  }});
+  stages.push_back({padded_vectors(), [this](int64_t vector, int) {
+    for (const size_t place : inner_) {
+      const float* inputs = entries_[static_cast<size_t>(entries_[place].inner)].outputs;
+      kernels_.prepare(product(place, inputs, nullptr, Number::f32), vector, entries_[place].prepared);
+    }
+  }});
+}
+
+void Products::multiply(size_t index, int64_t first, int64_t last, void* outputs, float* scratch) const {
+  const Sum& sum = *sums_[index];
+  const size_t begin = first_terms_[index];
+  if (rounds_itself(sum)) {
+    return kernels_.multiply(product(begin, nullptr, outputs, number_), prepared(begin), first, last, scratch);
+  }
+  float* total = entries_[begin].outputs;
+  for (size_t i = begin; i < begin + sum.terms.size(); ++i) {
+    kernels_.multiply(product(i, nullptr, entries_[i].outputs, Number::f32), prepared(i), first, last, scratch);
+    const float* more = entries_[i].outputs;
+    if (i == begin) continue;
+    for (int64_t v = 0; v < vectors_; ++v) for (int64_t at = v * sum.rows + first; at < v * sum.rows + last; ++at) total[at] += more[at];
+  }
+  for_number(number_, [&](auto type) {
+    for (int64_t v = 0; v < vectors_; ++v) {
+      const int64_t from = v * sum.rows;
+      write_numbers(type, total + from + first, last - first, outputs, from + first);
+      for (const Bias& bias : sum.biases) add_numbers(type, bias.numbers, bias.number, first, last - first, outputs, from + first);
+    }
+  });
+}
+
+void Products::check() const {
+  for (size_t i = 0; i < entries_.size(); ++i) if (broken_[i].load()) throw std::invalid_argument(what_is_broken(*entries_[i].matrix));
+}
+
+void multiply_sums(const Kernels& kernels, const std::vector<Sum>& sums, const void* inputs, const std::vector<void*>& outputs, int64_t vectors,
+                   Number number, int threads, int digits) {
+  if (vectors == 0 || sums.empty()) return;
+  threads = std::max(threads, 1);
+  std::vector<const Sum*> given;
+  int64_t rows = 0;
+  for (const Sum& sum : sums) given.push_back(&sum), rows += sum.rows;
+  Products products(kernels, given, vectors, number, digits);
+  float* scratch = room.floats(products.scratch_floats() * threads + products.floats());
+  products.place(scratch + products.scratch_floats() * threads);
+  std::vector<Stage> stages;
+  stages.push_back({products.padded_vectors(), [&](int64_t vector, int) { products.prepare(inputs, vector); }});
+  products.add_inner_stages(stages, threads, scratch);
+  stages.push_back(stage_of_rows(given, rows_of_task(rows, threads), [&](size_t sum, int64_t first, int64_t last, int worker) {
+    products.multiply(sum, first, last, outputs[sum], scratch + worker * products.scratch_floats());
+  }));
+  run_stages(threads, stages);
+  products.check();
+}
+
+}  // namespace fewbits

@@ -1,0 +1,253 @@
+"""Decoder layers of the Llama kind that take two native calls where few tokens are new: one before attention and one after.
+
+A layer that is taken becomes one of a class below, whose forward computes what its own would, or leaves it to that: at prompts, with
+gradients, under torch.compile, with hooks inside, and wherever a part of it is not what it was made of. Names, parameters and what is
+saved stay.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+from transformers.activations import SiLUActivation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.mistral import modeling_mistral as mistral
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from fewbits.formats.coded import describe_terms
+from fewbits.kernels import native
+from fewbits.kernels.decoder_step import DecoderStep, Heads
+from fewbits.kernels.dispatch import counts
+from fewbits.kernels.layout import Description
+from fewbits.kernels.sums import describe_sum
+from fewbits.layers.linear import CompressedLinear
+
+FEW_TOKENS = 8  # of all sequences, up to which a step takes the native calls
+_LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_NORMS = ("input_layernorm", "post_attention_layernorm")
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+
+class _Parts:
+    """What a layer's step was made of, and the step; none where a native call would not compute what the layer does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        names = ("self_attn", "mlp", "mlp.act_fn", *_LINEARS, *_norm_names(layer))
+        modules = [layer.get_submodule(name) for name in names]
+        self.modules = [(module, type(module), type(module).forward) for module in modules]
+        self.held: list[tuple[Mapping[str, Any], str, Any]] = []
+        for name, module in zip(names, modules, strict=True):
+            owner, _, last = name.rpartition(".")
+            self.held.append((layer.get_submodule(owner)._modules, last, module))
+            self.held += [(module._buffers, key, tensor) for key, tensor in module._buffers.items()]
+            self.held += [(module._parameters, key, module._parameters.get(key)) for key in {"bias", *module._parameters} - {"weight"}]
+            self.held += [(module._parameters, "weight", module._parameters[key]) for key in module._parameters if key == "weight"]
+        self.step = _step_of(layer)
+        tensors = () if self.step is None else self.step.tensors
+        self.addresses = [(tensor, tensor.data_ptr()) for tensor in tensors]
+
+    def current(self) -> bool:
+        """Whether every part is still the one that was looked at."""
+        if any(owner.get(name) is not one for owner, name, one in self.held):
+            return False
+        return all(tensor.data_ptr() == address for tensor, address in self.addresses)
+
+    def plain(self) -> bool:
+        """Whether calling the parts would do nothing but what their classes say."""
+        for module, kind, forward in self.modules:
+            own = module.__dict__
+            if (
+                own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or "forward" in own
+                or type(module) is not kind
+                or kind.forward is not forward
+            ):
+                return False
+        return not hooks._global_forward_hooks and not hooks._global_forward_pre_hooks
+
+
+_PARTS: weakref.WeakKeyDictionary[nn.Module, _Parts] = weakref.WeakKeyDictionary()
+
+
+def _norm_names(layer: nn.Module) -> tuple[str, ...]:
+    attention = layer.get_submodule("self_attn")
+    return (*_NORMS, *(_HEAD_NORMS if isinstance(attention, qwen3.Qwen3Attention) else ()))
+
+
+def _step_of(layer: nn.Module) -> DecoderStep | None:
+    """None where a linear is not compressed, or not as kernels add its terms up, or a part is not the usual one."""
+    linears = [layer.get_submodule(name) for name in _LINEARS]
+    norms: list[Any] = [layer.get_submodule(name) for name in _norm_names(layer)]
+    attention: Any = layer.get_submodule("self_attn")
+    usual = isinstance(layer.get_submodule("mlp.act_fn"), (SiLUActivation, nn.SiLU)) and native.available()
+    sums = [_described(linear) for linear in linears if isinstance(linear, CompressedLinear)]
+    described = [one for one in sums if one is not None]
+    weights = [norm.weight.detach() for norm in norms]
+    if not usual or len(described) < len(_LINEARS) or native.number(weights[0].dtype) is None:
+        return None
+    tensors = [tensor for one in described for tensor in one.tensors] + weights
+    if len({weight.dtype for weight in weights}) > 1 or any(one.device.type != "cpu" or not one.is_contiguous() for one in tensors):
+        return None
+    width = attention.head_dim
+    heads = Heads(attention.q_proj.out_features // width, attention.k_proj.out_features // width, width)
+    return DecoderStep(heads, described, weights, [norm.variance_epsilon for norm in norms])
+
+
+def _described(layer: CompressedLinear) -> Description | None:
+    """The sum of a layer's terms, and what is added to it; None where it does more, or a number of it is made anew each time."""
+    stored = layer.stored
+    weight = stored.weight
+    if stored.activation is not None or weight.input_transforms or weight.output_transforms:
+        return None
+    terms, again = describe_terms(weight.terms), describe_terms(weight.terms)
+    biases = [one.detach() for one in (stored.offset, layer.bias) if one is not None]
+    found = None if terms is None else describe_sum(terms, biases)
+    other = None if again is None else describe_sum(again, biases)
+    if found is None or other is None or any(one is not two for one, two in zip(found.tensors, other.tensors, strict=True)):
+        return None
+    return found
+
+
+class _Stepping(nn.Module):
+    """Put before a decoder layer's own class: its forward, where it may, by native calls."""
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return super().forward(hidden_states, *arguments, **options)
+        parts = None if arguments else _parts_for(self, hidden_states, options)
+        if parts is None:
+            counts["decoder_layer"] += 1
+            return super().forward(hidden_states, *arguments, **options)
+        return _run(self, parts, hidden_states, **options)
+
+
+def _parts_for(layer: nn.Module, states: Tensor, options: Mapping[str, Any]) -> _Parts | None:
+    """The layer's parts with their step, where that serves a call."""
+    few = type(states) is Tensor and states.ndim == 3 and 0 < states.shape[0] * states.shape[1] <= FEW_TOKENS and states.is_contiguous()
+    if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or native.chosen() is None:
+        return None
+    if options.get("output_attentions") or "past_key_values" in options:
+        return None
+    parts = _PARTS.get(layer)
+    if parts is None or not parts.current():
+        parts = _PARTS[layer] = _Parts(layer)
+    step = parts.step
+    if step is None or states.dtype != step.dtype or states.shape[2] != step.hidden or states.device.type != "cpu" or not parts.plain():
+        return None
+    return parts if _fit(step, states, options.get("position_embeddings")) else None
+
+
+def _fit(step: DecoderStep, states: Tensor, angles: Any) -> bool:
+    """Whether cosines and sines are those of the states' tokens."""
+    if not isinstance(angles, tuple) or len(angles) != 2:
+        return False
+    batch, tokens, _ = states.shape
+    width = step.heads.width
+    return all(
+        type(one) is Tensor
+        and one.shape in ((batch, tokens, width), (1, tokens, width))
+        and one.shape == angles[0].shape
+        and one.dtype == step.dtype
+        and one.device.type == "cpu"
+        and one.is_contiguous()
+        for one in angles
+    )
+
+
+def _run(  # noqa: PLR0913
+    layer: Any,
+    parts: _Parts,
+    states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cache: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: Any = None,
+    **options: Any,
+) -> Tensor:
+    """The layer's forward, in the words of its own: what is not native is asked for as its attention does."""
+    attention, step, isa = layer.self_attn, parts.step, native.chosen()
+    assert step is not None and isa is not None
+    queries, keys, values = step.before(isa, states, *position_embeddings)
+    options |= {"position_ids": position_ids, "use_cache": use_cache}
+    if cache is not None:
+        keys, values = cache.update(keys, values, attention.layer_idx, kwargs=options)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, layer.eager_attention)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    window = layer.window_of(attention)
+    attended, _ = attend(attention, queries, keys, values, attention_mask, dropout=dropout, scaling=attention.scaling, **window, **options)
+    return step.after(isa, attended.contiguous(), states)
+
+
+def _none(attention: Any) -> dict[str, Any]:
+    return {}
+
+
+def _configured(attention: Any) -> dict[str, Any]:
+    return {"sliding_window": getattr(attention.config, "sliding_window", None)}
+
+
+def _its_own(attention: Any) -> dict[str, Any]:
+    return {"sliding_window": attention.sliding_window}
+
+
+class LlamaDecoderLayer(_Stepping, llama.LlamaDecoderLayer):
+    eager_attention = staticmethod(llama.eager_attention_forward)
+    window_of = staticmethod(_none)
+
+
+class MistralDecoderLayer(_Stepping, mistral.MistralDecoderLayer):
+    eager_attention = staticmethod(mistral.eager_attention_forward)
+    window_of = staticmethod(_configured)
+
+
+class Qwen2DecoderLayer(_Stepping, qwen2.Qwen2DecoderLayer):
+    eager_attention = staticmethod(qwen2.eager_attention_forward)
+    window_of = staticmethod(_its_own)
+
+
+class Qwen3DecoderLayer(_Stepping, qwen3.Qwen3DecoderLayer):
+    eager_attention = staticmethod(qwen3.eager_attention_forward)
+    window_of = staticmethod(_its_own)
+
+
+_STEPPING: dict[type, type[_Stepping]] = {
+    kind.__mro__[2]: kind for kind in (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
+}
+
+
+def step_natively(model: nn.Module) -> int:
+    """Have `model`'s decoder layers take native steps from now on where these serve; how many layers there are whose steps can.
+
+    Layers of Llama, Mistral, Qwen2 and Qwen3 in a transformers whose layers call their cache `cache`; 0, and nothing changed, elsewhere.
+    """
+    layers = [module for module in model.modules() if type(module) in _STEPPING or isinstance(module, _Stepping)]
+    known = [layer for layer in layers if "cache" in inspect.signature(llama.LlamaDecoderLayer.forward).parameters]
+    able = sum(_may_step(layer) for layer in known)
+    for layer in known if able else ():
+        layer.__class__ = _STEPPING.get(type(layer), type(layer))
+    return able
+
+
+def step_by_itself(model: nn.Module) -> None:
+    """Undoes `step_natively`."""
+    for module in model.modules():
+        if isinstance(module, _Stepping):
+            module.__class__ = type(module).__mro__[2]
+
+
+def _may_step(layer: nn.Module) -> bool:
+    own = sys.modules[next(kind for kind in type(layer).__mro__ if kind in _STEPPING).__module__]
+    parts = [layer.get_submodule(name) for name in ("self_attn", "mlp", *_norm_names(layer))]
+    usual = all(type(part).__module__ == own.__name__ for part in parts)
+    return usual and all(isinstance(layer.get_submodule(name), CompressedLinear) for name in _LINEARS)
