@@ -29,6 +29,7 @@ from fewbits.export.checkpoint import write_checkpoint
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels.native import Rooms
 from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.models.decoder_steps import step_natively
 from fewbits.models.packed_attention import attend_natively
 from fewbits.models.source import open_model
 
@@ -130,6 +131,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     ours = random_model(getattr(torch, arguments.dtype))
     attend_natively(ours)  # as in a compressed folder that is loaded
+    step_natively(ours)
     if arguments.write is not None:
         write(arguments.write, ours)
         return

@@ -57,11 +57,12 @@ void rotate_head(Any type, void* head, int64_t at, const void* cosine, const voi
 // exp(x), to 2 units in the last place; what is below -87 counts as -87, what is above 88 as 88.
 inline float exponential(float x) {
   constexpr float magic = 12582912.0f;
-  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
   const float shifted = x * 1.44269504f + magic, count = shifted - magic;
   const float rest = (x - count * 0.693145752f) - count * 1.42860677e-6f;
-  float found = 1.0f / 5040;
-  for (const float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) found = found * rest + factor;
+  float found = ((1.0f / 5040 * rest + 1.0f / 720) * rest + 1.0f / 120) * rest + 1.0f / 24;  // written out: so compilers take lanes of it
+  found = (((found * rest + 1.0f / 6) * rest + 0.5f) * rest + 1.0f) * rest + 1.0f;
   return as_float(as_bits(found) + (as_bits(shifted) << 23));
 }
 

@@ -19,6 +19,7 @@ from fewbits.formats.dense import Dense as DenseTerm
 from fewbits.kernels import native
 from fewbits.layers.embedding import CompressedEmbedding, TiedHead
 from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.models.decoder_steps import step_by_itself
 from fewbits.models.hf_cache import cache_keyword
 from fewbits.models.packed_attention import attend_by_itself
 
@@ -44,6 +45,7 @@ def densified(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Modul
     replaced: dict[int, Any] = {id(module): dense(module) for module in model.modules() if isinstance(module, CompressedLinear)}
     replaced |= {id(module): dense_table(module) for module in model.modules() if isinstance(module, CompressedEmbedding)}
     made = copy.deepcopy(model, replaced).to(dtype).eval()
+    step_by_itself(made)
     if isinstance(made, PreTrainedModel):
         attend_by_itself(made)
     return made

@@ -22,6 +22,21 @@ class Heads:
     width: int
 
 
+@dataclass(frozen=True)
+class Way:
+    """How kernels are to compute: with which instructions, of how many digits of inputs, on how many threads."""
+
+    isa: str
+    digits: int
+    threads: int
+
+    @classmethod
+    def chosen(cls) -> Way | None:
+        """What is asked for now; None where no kernel was built, or none is wanted."""
+        isa = None if native.extension() is None else native.chosen()
+        return None if isa is None else cls(isa, native.digits(), torch.get_num_threads())
+
+
 class DecoderStep:
     """What is read once: sums of queries, keys, values, output, gate, up and down, and the weights of the norms before attention and
     MLP, and of each head's queries and keys where these have some.
@@ -38,7 +53,7 @@ class DecoderStep:
         layout = [number, heads.queries, heads.keys, heads.width, int(len(norms) > 2), *(size for one in sums for size in one.layout)]
         self._native = extension.DecoderStep(layout, native.buffers(self.tensors), list(epsilons))
 
-    def before(self, isa: str, states: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def before(self, way: Way, states: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[batch, heads, tokens, width]` of `states [batch, tokens, hidden]`, turned by angles of each token
         `[batch or 1, tokens, width]`. All are contiguous and of the step's dtype.
         """
@@ -47,15 +62,15 @@ class DecoderStep:
         found = [torch.empty(self._shape(batch, tokens, count), dtype=self.dtype) for count in (self.heads.queries, *[self.heads.keys] * 2)]
         positions = cosine.numel() // self.heads.width
         held = native.buffers((states, cosine, sine, *found))
-        self._native.before(isa, held, batch * tokens, positions, torch.get_num_threads(), native.digits())
+        self._native.before(way.isa, held, batch * tokens, positions, way.threads, way.digits)
         queries, keys, values = found if tokens == 1 else (one.transpose(1, 2) for one in found)
         return queries, keys, values
 
-    def after(self, isa: str, attended: Tensor, states: Tensor) -> Tensor:
+    def after(self, way: Way, attended: Tensor, states: Tensor) -> Tensor:
         """The layer's output, of what attention gave `[batch, tokens, heads, width]` and its own input; all contiguous, of one dtype."""
         outputs = torch.empty(states.shape, dtype=self.dtype)
         tokens = states.shape[0] * states.shape[1]
-        self._native.after(isa, native.buffers((attended, states, outputs)), tokens, torch.get_num_threads(), native.digits())
+        self._native.after(way.isa, native.buffers((attended, states, outputs)), tokens, way.threads, way.digits)
         return outputs
 
     def _shape(self, batch: int, tokens: int, heads: int) -> tuple[int, int, int, int]:

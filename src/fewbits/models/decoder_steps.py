@@ -8,6 +8,8 @@ saved stay.
 from __future__ import annotations
 
 import inspect
+import itertools
+import operator
 import sys
 import weakref
 from collections.abc import Mapping
@@ -25,7 +27,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from fewbits.formats.coded import describe_terms
 from fewbits.kernels import native
-from fewbits.kernels.decoder_step import DecoderStep, Heads
+from fewbits.kernels.decoder_step import DecoderStep, Heads, Way
 from fewbits.kernels.dispatch import counts
 from fewbits.kernels.layout import Description
 from fewbits.kernels.sums import describe_sum
@@ -38,44 +40,46 @@ _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 class _Parts:
-    """What a layer's step was made of, and the step; none where a native call would not compute what the layer does."""
+    """What a layer's step was made of, and the step; none where a native call would not compute what the layer does.
+
+    Steps are looked through at every call, so that the loops here are those of built-in functions.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         names = ("self_attn", "mlp", "mlp.act_fn", *_LINEARS, *_norm_names(layer))
-        modules = [layer.get_submodule(name) for name in names]
-        self.modules = [(module, type(module), type(module).forward) for module in modules]
-        self.held: list[tuple[Mapping[str, Any], str, Any]] = []
-        for name, module in zip(names, modules, strict=True):
+        self.modules = [layer.get_submodule(name) for name in names]
+        self.kinds = [type(module) for module in self.modules]
+        self.forwards = [kind.forward for kind in self.kinds]
+        self.own = [module.__dict__ for module in self.modules]
+        self.hooks = [found for own in self.own for found in (own["_forward_hooks"], own["_forward_pre_hooks"])]
+        self.hooks += [hooks._global_forward_hooks, hooks._global_forward_pre_hooks]
+        held: list[tuple[dict[str, Any], str]] = []
+        for name, module in zip(names, self.modules, strict=True):
             owner, _, last = name.rpartition(".")
-            self.held.append((layer.get_submodule(owner)._modules, last, module))
-            self.held += [(module._buffers, key, tensor) for key, tensor in module._buffers.items()]
-            self.held += [(module._parameters, key, module._parameters.get(key)) for key in {"bias", *module._parameters} - {"weight"}]
-            self.held += [(module._parameters, "weight", module._parameters[key]) for key in module._parameters if key == "weight"]
+            held.append((layer.get_submodule(owner)._modules, last))
+            held += [(module._buffers, key) for key in module._buffers]
+            held += [(module._parameters, key) for key in {"bias", *module._parameters}]
+        self.owners, self.names = [owner for owner, _ in held], [name for _, name in held]
+        self.held = [owner.get(name) for owner, name in held]
         self.step = _step_of(layer)
-        tensors = () if self.step is None else self.step.tensors
-        self.addresses = [(tensor, tensor.data_ptr()) for tensor in tensors]
+        self.tensors = () if self.step is None else self.step.tensors
+        self.addresses = [tensor.data_ptr() for tensor in self.tensors]
 
     def current(self) -> bool:
         """Whether every part is still the one that was looked at."""
-        if any(owner.get(name) is not one for owner, name, one in self.held):
-            return False
-        return all(tensor.data_ptr() == address for tensor, address in self.addresses)
+        same = all(map(operator.is_, map(dict.get, self.owners, self.names), self.held))
+        return same and list(map(Tensor.data_ptr, self.tensors)) == self.addresses
 
     def plain(self) -> bool:
         """Whether calling the parts would do nothing but what their classes say."""
-        for module, kind, forward in self.modules:
-            own = module.__dict__
-            if (
-                own["_forward_hooks"]
-                or own["_forward_pre_hooks"]
-                or "forward" in own
-                or type(module) is not kind
-                or kind.forward is not forward
-            ):
-                return False
-        return not hooks._global_forward_hooks and not hooks._global_forward_pre_hooks
+        if any(self.hooks) or any(map(dict.__contains__, self.own, _FORWARD)):
+            return False
+        kinds = all(map(operator.is_, map(type, self.modules), self.kinds))
+        return kinds and all(map(operator.is_, map(_forward_of, self.kinds), self.forwards))
 
 
+_FORWARD = itertools.repeat("forward")
+_forward_of = operator.attrgetter("forward")
 _PARTS: weakref.WeakKeyDictionary[nn.Module, _Parts] = weakref.WeakKeyDictionary()
 
 
@@ -92,7 +96,7 @@ def _step_of(layer: nn.Module) -> DecoderStep | None:
     usual = isinstance(layer.get_submodule("mlp.act_fn"), (SiLUActivation, nn.SiLU)) and native.available()
     sums = [_described(linear) for linear in linears if isinstance(linear, CompressedLinear)]
     described = [one for one in sums if one is not None]
-    weights = [norm.weight.detach() for norm in norms]
+    weights = [norm.weight for norm in norms]
     if not usual or len(described) < len(_LINEARS) or native.number(weights[0].dtype) is None:
         return None
     tensors = [tensor for one in described for tensor in one.tensors] + weights
@@ -110,7 +114,7 @@ def _described(layer: CompressedLinear) -> Description | None:
     if stored.activation is not None or weight.input_transforms or weight.output_transforms:
         return None
     terms, again = describe_terms(weight.terms), describe_terms(weight.terms)
-    biases = [one.detach() for one in (stored.offset, layer.bias) if one is not None]
+    biases = [one for one in (stored.offset, layer.bias) if one is not None]
     found = None if terms is None else describe_sum(terms, biases)
     other = None if again is None else describe_sum(again, biases)
     if found is None or other is None or any(one is not two for one, two in zip(found.tensors, other.tensors, strict=True)):
@@ -124,49 +128,41 @@ class _Stepping(nn.Module):
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             return super().forward(hidden_states, *arguments, **options)
-        parts = None if arguments else _parts_for(self, hidden_states, options)
-        if parts is None:
+        step = None if arguments else _step_for(self, hidden_states, options)
+        way = None if step is None else Way.chosen()
+        if step is None or way is None:
             counts["decoder_layer"] += 1
             return super().forward(hidden_states, *arguments, **options)
-        return _run(self, parts, hidden_states, **options)
+        return _run(self, step, way, hidden_states, **options)
 
 
-def _parts_for(layer: nn.Module, states: Tensor, options: Mapping[str, Any]) -> _Parts | None:
-    """The layer's parts with their step, where that serves a call."""
-    few = type(states) is Tensor and states.ndim == 3 and 0 < states.shape[0] * states.shape[1] <= FEW_TOKENS and states.is_contiguous()
-    if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or native.chosen() is None:
+def _step_for(layer: nn.Module, states: Tensor, options: Mapping[str, Any]) -> DecoderStep | None:
+    """The layer's step, where it serves a call."""
+    if type(states) is not Tensor or states.ndim != 3 or not 0 < states.shape[0] * states.shape[1] <= FEW_TOKENS:
         return None
-    if options.get("output_attentions") or "past_key_values" in options:
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or options.get("output_attentions") or "past_key_values" in options:
         return None
     parts = _PARTS.get(layer)
     if parts is None or not parts.current():
         parts = _PARTS[layer] = _Parts(layer)
     step = parts.step
-    if step is None or states.dtype != step.dtype or states.shape[2] != step.hidden or states.device.type != "cpu" or not parts.plain():
+    if step is None or not parts.plain() or not _fits(step, states) or states.shape[2] != step.hidden:
         return None
-    return parts if _fit(step, states, options.get("position_embeddings")) else None
+    angles = options.get("position_embeddings")
+    if not isinstance(angles, tuple) or len(angles) != 2 or not all(type(one) is Tensor and _fits(step, one) for one in angles):
+        return None
+    shape = (states.shape[1], step.heads.width)
+    return step if angles[0].shape == angles[1].shape and angles[0].shape in ((1, *shape), (states.shape[0], *shape)) else None
 
 
-def _fit(step: DecoderStep, states: Tensor, angles: Any) -> bool:
-    """Whether cosines and sines are those of the states' tokens."""
-    if not isinstance(angles, tuple) or len(angles) != 2:
-        return False
-    batch, tokens, _ = states.shape
-    width = step.heads.width
-    return all(
-        type(one) is Tensor
-        and one.shape in ((batch, tokens, width), (1, tokens, width))
-        and one.shape == angles[0].shape
-        and one.dtype == step.dtype
-        and one.device.type == "cpu"
-        and one.is_contiguous()
-        for one in angles
-    )
+def _fits(step: DecoderStep, states: Tensor) -> bool:
+    return states.dtype == step.dtype and states.is_cpu and states.is_contiguous()
 
 
 def _run(  # noqa: PLR0913
     layer: Any,
-    parts: _Parts,
+    step: DecoderStep,
+    way: Way,
     states: Tensor,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -176,9 +172,8 @@ def _run(  # noqa: PLR0913
     **options: Any,
 ) -> Tensor:
     """The layer's forward, in the words of its own: what is not native is asked for as its attention does."""
-    attention, step, isa = layer.self_attn, parts.step, native.chosen()
-    assert step is not None and isa is not None
-    queries, keys, values = step.before(isa, states, *position_embeddings)
+    attention = layer.self_attn
+    queries, keys, values = step.before(way, states, *position_embeddings)
     options |= {"position_ids": position_ids, "use_cache": use_cache}
     if cache is not None:
         keys, values = cache.update(keys, values, attention.layer_idx, kwargs=options)
@@ -186,7 +181,7 @@ def _run(  # noqa: PLR0913
     dropout = attention.attention_dropout if attention.training else 0.0
     window = layer.window_of(attention)
     attended, _ = attend(attention, queries, keys, values, attention_mask, dropout=dropout, scaling=attention.scaling, **window, **options)
-    return step.after(isa, attended.contiguous(), states)
+    return step.after(way, attended.contiguous(), states)
 
 
 def _none(attention: Any) -> dict[str, Any]:
@@ -233,7 +228,7 @@ def step_natively(model: nn.Module) -> int:
     """
     layers = [module for module in model.modules() if type(module) in _STEPPING or isinstance(module, _Stepping)]
     known = [layer for layer in layers if "cache" in inspect.signature(llama.LlamaDecoderLayer.forward).parameters]
-    able = sum(_may_step(layer) for layer in known)
+    able = sum(_may_step(layer) and _Parts(layer).step is not None for layer in known)
     for layer in known if able else ():
         layer.__class__ = _STEPPING.get(type(layer), type(layer))
     return able
