@@ -7,6 +7,7 @@ namespace FEWBITS_ISA {
 namespace additions {
 
 constexpr int64_t slab = 2048;  // numbers that are read at once
+constexpr int64_t usual_entries = 32;  // of a sparse row: so many are added up whether they are there or not
 
 static inline int64_t padded_columns(const Coded& w) { return rounded_up(w.columns, lanes); }
 static inline int64_t padded_vectors(int64_t vectors) { return vectors == 1 ? 1 : rounded_up(vectors, 4); }
@@ -31,14 +32,16 @@ static inline int64_t slab_rows(const Coded& w) { return slab / padded_columns(w
 
 static int64_t scratch_floats(const Coded& w) {
   const int64_t plain = slab_rows(w) * w.columns + padded_columns(w) + lanes;
-  return plain > slab ? plain : slab;
+  const int64_t sparse = slab + usual_entries + lanes;
+  return plain > sparse ? plain : sparse;
 }
 
 static void multiply_plain(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
   const Coded& w = *product.matrix;
-  const int64_t rows = slab_rows(w), whole = w.columns / lanes * lanes, padded = padded_columns(w);
+  const int64_t rows = slab_rows(w), whole = w.columns / lanes * lanes, padded = padded_columns(w), bytes = w.columns * (w.number == Number::f32 ? 4 : 2);
   for (int64_t row = first; row < last; row += rows) {
-    const int64_t count = least(rows, last - row);
+    const int64_t count = least(rows, last - row), next = least(rows, last - row - count) * bytes;
+    for (int64_t at = 0; at < next; at += 64) __builtin_prefetch(w.codes + (row + count) * bytes + at, 0, 2);
     read_numbers(w.codes, row * w.columns, w.number, count * w.columns, scratch);
     for (int64_t r = 0; r < count; ++r) {
       const float* weights = scratch + r * w.columns;
@@ -66,13 +69,41 @@ static bool all_below(const Index* indices, int64_t count, int64_t columns) {
   return static_cast<int64_t>(largest) < columns;
 }
 
+// Entries times the inputs of their columns, in the place of the entries: whose rows they are is not asked, so that no branch is.
 template <typename Index>
-static float sparse_dot(const float* values, const Index* indices, int64_t count, const float* inputs) {
-  float sums[4] = {};
+static void multiply_entries(float* values, const Index* indices, int64_t count, const float* inputs) {
+  typedef float Four __attribute__((vector_size(16)));
   int64_t i = 0;
-  for (; i + 4 <= count; i += 4) for (int j = 0; j < 4; ++j) sums[j] += values[i + j] * inputs[indices[i + j]];
-  for (; i < count; ++i) sums[0] += values[i] * inputs[indices[i]];
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (; i + 4 <= count; i += 4) {
+    Index at[4];
+    if constexpr (sizeof(Index) == 2) {  // in one load
+      uint64_t all;
+      std::memcpy(&all, indices + i, 8);
+      for (int j = 0; j < 4; ++j) at[j] = static_cast<Index>(all >> (16 * j));
+    } else {
+      std::memcpy(at, indices + i, sizeof at);
+    }
+    Four some;
+    std::memcpy(&some, values + i, 16);
+    some *= Four{inputs[at[0]], inputs[at[1]], inputs[at[2]], inputs[at[3]]};
+    std::memcpy(values + i, &some, 16);
+  }
+  for (; i < count; ++i) values[i] *= inputs[indices[i]];
+}
+
+// The sum of a row's products; `usual_entries` from its first one on may be read, and count as zero where they are other rows'.
+static float sum_of_row(const float* products, int64_t count) {
+  typedef int32_t Places __attribute__((vector_size(4 * lanes)));
+  Places place;
+  for (int lane = 0; lane < lanes; ++lane) place[lane] = lane;
+  Floats total = zeros();
+  const auto step = [&](int64_t at) {
+    const Places here = reinterpret_cast<Places>(load(products + at)) & (place < static_cast<int32_t>(count - at));
+    total = add(total, reinterpret_cast<Floats>(here));
+  };
+  for (int64_t at = 0; at < usual_entries; at += lanes) step(at);
+  for (int64_t at = usual_entries; at < count; at += lanes) step(at);
+  return sum(total);
 }
 
 // Entries times the inputs of their columns, `width` vectors side by side.
@@ -127,14 +158,18 @@ static void multiply_sparse(const Product& product, const float* prepared, int64
     for (int64_t at = 0; at < 2 * count * w.index_bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(indices + from + count) + at, 0, 2);
     if (!all_below(indices + from, count, w.columns)) return product.broken->store(true);
     read_numbers(w.codes, from, w.number, count, scratch);
+    if (vectors == 1) {
+      multiply_entries(scratch, indices + from, count, prepared);
+      for (; row < next; ++row) {
+        const float found = sum_of_row(scratch + (w.pointers[row] - from), w.pointers[row + 1] - w.pointers[row]);
+        put_number(product.outputs, row, product.number, found);
+      }
+      continue;
+    }
     for (; row < next; ++row) {
       const float* values = scratch + (w.pointers[row] - from);
       const Index* places = indices + w.pointers[row];
       const int64_t entries = w.pointers[row + 1] - w.pointers[row];
-      if (vectors == 1) {
-        put_number(product.outputs, row, product.number, sparse_dot(values, places, entries, prepared));
-        continue;
-      }
       for (int64_t begin = 0; begin < vectors; begin += most) {
         float sums[most] = {};
         add_entries(values, places, entries, prepared + begin, vectors, least(most, vectors - begin), sums);

@@ -42,6 +42,21 @@ size_t place_of(const std::vector<int64_t>& begins, int64_t task) {
   return static_cast<size_t>(std::upper_bound(begins.begin(), begins.end(), task) - begins.begin()) - 1;
 }
 
+// Asks for what a term has for some rows, where that lies apart and is too short to be fetched well while it is read.
+void fetch_rows(const Coded& matrix, int64_t first, int64_t last) {
+  constexpr int64_t most = 1 << 16;
+  const auto fetch = [](const void* data, int64_t from, int64_t to) {
+    for (int64_t at = from; at < std::min(to, from + most); at += 64) __builtin_prefetch(static_cast<const char*>(data) + at, 0, 2);
+  };
+  const int64_t item = matrix.number == Number::f32 ? 4 : 2;
+  if (matrix.form == Coded::plain) fetch(matrix.codes, first * matrix.columns * item, last * matrix.columns * item);
+  if (matrix.form != Coded::sparse) return;
+  const auto inside = [&](int64_t entry) { return std::clamp<int64_t>(entry, 0, matrix.entries); };
+  const int64_t begin = inside(matrix.pointers[first]), end = inside(matrix.pointers[last]);
+  fetch(matrix.codes, begin * item, end * item);
+  fetch(matrix.indices, begin * matrix.index_bytes, end * matrix.index_bytes);
+}
+
 }  // namespace
 
 int64_t rows_of_task(int64_t rows, int threads) {
@@ -143,6 +158,7 @@ void Products::multiply(size_t index, int64_t first, int64_t last, void* outputs
     return kernels_.multiply(product(begin, nullptr, outputs, number_), prepared(begin), first, last, scratch);
   }
   float* total = entries_[begin].outputs;
+  for (size_t i = begin + 1; i < begin + sum.terms.size(); ++i) fetch_rows(*entries_[i].matrix, first, last);
   for (size_t i = begin; i < begin + sum.terms.size(); ++i) {
     kernels_.multiply(product(i, nullptr, entries_[i].outputs, Number::f32), prepared(i), first, last, scratch);
     const float* more = entries_[i].outputs;

@@ -73,6 +73,29 @@ def attend(query: Tensor, keys: Side, values: Side, mask: Tensor | None, scale: 
     return output
 
 
+def attend_dense(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
+    """`attend` for keys and values `[batch, heads, tokens, width]` of one dtype, where they are; None where no kernel reads them there."""
+    extension, isa, number = native.extension(), native.chosen(), native.number(keys.dtype)
+    batch, heads, tokens, width = keys.shape
+    lie = keys.stride(3) == values.stride(3) == 1 and values.dtype == keys.dtype and keys.is_cpu and values.is_cpu and query.is_cpu
+    if extension is None or isa is None or number is None or not lie or width % 8 or native.number(query.dtype) is None:
+        return None
+    counts["attend_dense"] += 1
+    call = _Call()
+    query = query.contiguous()
+    output = query.new_empty(batch, query.shape[2], query.shape[1], width)
+    call.add_sizes(query, output, heads, tokens, mask)
+    item = keys.element_size()
+    for row in range(batch):
+        for side in (keys, values):
+            of_batch, of_head, of_token, _ = side.stride()
+            size = (tokens - 1) * of_token + (heads - 1) * of_head + width
+            call.layout += (1, _PLAIN, tokens, number, of_token, of_head)
+            call.buffers += (side.data_ptr() + row * of_batch * item, size * item)
+    extension.attend(isa, call.layout, call.buffers, scale, torch.get_num_threads())
+    return output
+
+
 def define(query: Tensor, keys: Side, values: Side, mask: Tensor | None, scale: float, *, heads: int) -> Tensor:
     """What `attend` computes, in torch and in the dtype of a float64 query, else in float32: segment by segment, none kept."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32

@@ -52,9 +52,9 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
     @property
     def stored(self) -> Stored:
         """The value that the buffers hold now; made anew only after a buffer was replaced."""
-        buffers = dict(self.named_buffers(recurse=False))
+        buffers = self._buffers
         if any(self._seen.get(name) is not tensor for name, tensor in buffers.items()):
-            tensors = {".".join(name.split(_SEPARATOR)): tensor for name, tensor in buffers.items()}
+            tensors = {".".join(name.split(_SEPARATOR)): tensor for name, tensor in buffers.items() if tensor is not None}
             self._remember(cast(Stored, from_stored(self.settings, tensors)))
         return self._stored[0]
 

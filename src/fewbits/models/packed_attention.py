@@ -22,7 +22,7 @@ from fewbits.core.cache_method import Side
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.coded import Coded
 from fewbits.formats.transposed import Transposed
-from fewbits.kernels.attention import Segment, attend, can_run, serves
+from fewbits.kernels.attention import Segment, attend, attend_dense, serves
 from fewbits.kernels.dispatch import counts
 from fewbits.kernels.layout import Description
 from fewbits.models.attention_exchange import exchange_attention
@@ -122,14 +122,14 @@ def attend_natively(model: PreTrainedModel) -> bool:
     original = ALL_ATTENTION_FUNCTIONS[name]
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
-        sides = None
+        attended = None
         if key.shape == value.shape and _can_attend(module, query, key, attention_mask, options):
-            sides = _read_as_they_lie(query, key, value)
-        if sides is not None:
             scale = options.get("scaling")
             scale = query.shape[-1] ** -0.5 if scale is None else scale
             mask = None if attention_mask is None else attention_mask[:, 0]
-            return attend(query, *sides, mask, scale, heads=key.shape[1]), None
+            attended = _attend_as_they_lie(query, key, value, mask, scale)
+        if attended is not None:
+            return attended, None
         key, value = (states.numbers() if isinstance(states, PackedStates) else states for states in (key, value))
         return original(module, query, key, value, attention_mask, **options)
 
@@ -144,16 +144,14 @@ def attend_by_itself(model: PreTrainedModel) -> None:
         model.set_attn_implementation(name.replace(_PREFIX, ""))
 
 
-def _read_as_they_lie(query: Tensor, key: Tensor, value: Tensor) -> tuple[list[list[Segment]], list[list[Segment]]] | None:
-    """Keys and values for the kernel: packed ones, or the few queries' dense ones; None where torch had better have them dense."""
+def _attend_as_they_lie(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
+    """By the kernel, over packed keys and values, or the few queries' dense ones; None where torch had better have them dense."""
     if isinstance(key, PackedStates) and isinstance(value, PackedStates):
         keys, values = key.segments(), value.segments()
-        return (keys, values) if any(segment.matrix is not None for row in (*keys, *values) for segment in row) else None
+        packed = any(segment.matrix is not None for row in (*keys, *values) for segment in row)
+        return attend(query, keys, values, mask, scale, heads=key.shape[1]) if packed else None
     dense = type(key) is type(value) is type(query) is Tensor and query.shape[2] <= FEW_TOKENS and not torch.compiler.is_compiling()
-    if not dense or not can_run(query) or not key.device == value.device == query.device:
-        return None
-    found = ([[Segment(states.shape[1], partial(_same, states.transpose(0, 1)))] for states in side] for side in (key, value))
-    return next(found), next(found)
+    return attend_dense(query, key, value, mask, scale) if dense else None
 
 
 def _can_attend(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, options: Mapping[str, Any]) -> bool:
