@@ -28,6 +28,8 @@ static void prepare(const Product& product, int64_t vector, float* room) {
   if (!apart) for (int64_t c = 0; c < w.columns; ++c) room[c * vectors + vector] = to[c];
 }
 
+constexpr int64_t piece = slab / 4;  // columns that are read at once of four long rows
+
 static inline int64_t slab_rows(const Coded& w) { return slab / padded_columns(w) > 1 ? slab / padded_columns(w) : 1; }
 
 static int64_t scratch_floats(const Coded& w) {
@@ -36,7 +38,56 @@ static int64_t scratch_floats(const Coded& w) {
   return plain > sparse ? plain : sparse;
 }
 
+// Adds four rows' products with one vector up, over `count` columns whose inputs are zeros behind it up to a whole lane.
+static inline __attribute__((always_inline)) void add_four(const float* const* weights, const float* inputs, int64_t count, Floats* sums) {
+  int64_t c = 0;
+  for (; c + lanes <= count; c += lanes) {
+    const Floats input = load(inputs + c);
+    for (int r = 0; r < 4; ++r) sums[r] = multiply_add(load(weights[r] + c), input, sums[r]);
+  }
+  if (c == count) return;
+  float rest[4][lanes] = {};
+  for (int r = 0; r < 4; ++r) for (int64_t i = c; i < count; ++i) rest[r][i - c] = weights[r][i];
+  for (int r = 0; r < 4; ++r) sums[r] = multiply_add(load(rest[r]), load(inputs + c), sums[r]);
+}
+
+// Four sums of lanes, of which the first `count` are outputs.
+static inline __attribute__((always_inline)) void put_four(const Product& product, int64_t row, int64_t count, const Floats* sums) {
+  float found[4];
+  sum_four(sums[0], sums[1], sums[2], sums[3], found);
+  for (int64_t r = 0; r < count; ++r) put_number(product.outputs, row + r, product.number, found[r]);
+}
+
+// One vector: rows by fours, short ones many at a time into the scratch, long ones a piece at a time.
+static void multiply_plain_once(const Product& product, const float* inputs, int64_t first, int64_t last, float* scratch) {
+  const Coded& w = *product.matrix;
+  const bool are_short = w.columns <= piece;
+  const int64_t rows = are_short ? slab / w.columns / 4 * 4 : 4, bytes = w.columns * (w.number == Number::f32 ? 4 : 2);
+  for (int64_t row = first; row < last; row += rows) {
+    const int64_t count = least(rows, last - row), next = least(rows, last - row - count) * bytes;
+    for (int64_t at = 0; at < next; at += 64) __builtin_prefetch(w.codes + (row + count) * bytes + at, 0, 2);
+    if (are_short) read_numbers(w.codes, row * w.columns, w.number, count * w.columns, scratch);
+    for (int64_t r = 0; r < count; r += 4) {
+      const int64_t few = least(4, count - r);
+      Floats sums[4] = {zeros(), zeros(), zeros(), zeros()};
+      const float* weights[4];
+      if (are_short) {
+        for (int64_t i = 0; i < 4; ++i) weights[i] = scratch + (r + least(i, few - 1)) * w.columns;
+        add_four(weights, inputs, w.columns, sums);
+      }
+      for (int64_t c = 0; c < w.columns && !are_short; c += piece) {
+        const int64_t columns = least(piece, w.columns - c);
+        for (int64_t i = 0; i < 4; ++i) weights[i] = scratch + least(i, few - 1) * piece;
+        for (int64_t i = 0; i < few; ++i) read_numbers(w.codes, (row + i) * w.columns + c, w.number, columns, scratch + i * piece);
+        add_four(weights, inputs + c, columns, sums);
+      }
+      put_four(product, row + r, few, sums);
+    }
+  }
+}
+
 static void multiply_plain(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  if (product.vectors == 1) return multiply_plain_once(product, prepared, first, last, scratch);
   const Coded& w = *product.matrix;
   const int64_t rows = slab_rows(w), whole = w.columns / lanes * lanes, padded = padded_columns(w), bytes = w.columns * (w.number == Number::f32 ? 4 : 2);
   for (int64_t row = first; row < last; row += rows) {
@@ -91,8 +142,8 @@ static void multiply_entries(float* values, const Index* indices, int64_t count,
   for (; i < count; ++i) values[i] *= inputs[indices[i]];
 }
 
-// The sum of a row's products; `usual_entries` from its first one on may be read, and count as zero where they are other rows'.
-static float sum_of_row(const float* products, int64_t count) {
+// The sum of a row's products, in lanes; `usual_entries` from its first one on may be read, and count as zero where they are other rows'.
+static inline __attribute__((always_inline)) Floats lanes_of_row(const float* products, int64_t count) {
   typedef int32_t Places __attribute__((vector_size(4 * lanes)));
   Places place;
   for (int lane = 0; lane < lanes; ++lane) place[lane] = lane;
@@ -103,7 +154,7 @@ static float sum_of_row(const float* products, int64_t count) {
   };
   for (int64_t at = 0; at < usual_entries; at += lanes) step(at);
   for (int64_t at = usual_entries; at < count; at += lanes) step(at);
-  return sum(total);
+  return total;
 }
 
 // Entries times the inputs of their columns, `width` vectors side by side.
@@ -154,16 +205,21 @@ static void multiply_sparse(const Product& product, const float* prepared, int64
       continue;
     }
     const int64_t count = w.pointers[next] - from;
-    for (int64_t at = 0; at < 2 * count * entry; at += 64) __builtin_prefetch(w.codes + (from + count) * entry + at, 0, 2);
-    for (int64_t at = 0; at < 2 * count * w.index_bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(indices + from + count) + at, 0, 2);
+    for (int64_t at = 0; at < count * entry; at += 64) __builtin_prefetch(w.codes + (from + count) * entry + at, 0, 2);
+    for (int64_t at = 0; at < count * w.index_bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(indices + from + count) + at, 0, 2);
     if (!all_below(indices + from, count, w.columns)) return product.broken->store(true);
     read_numbers(w.codes, from, w.number, count, scratch);
     if (vectors == 1) {
       multiply_entries(scratch, indices + from, count, prepared);
-      for (; row < next; ++row) {
-        const float found = sum_of_row(scratch + (w.pointers[row] - from), w.pointers[row + 1] - w.pointers[row]);
-        put_number(product.outputs, row, product.number, found);
+      for (; row < next; row += 4) {
+        Floats sums[4];
+        for (int64_t r = 0; r < 4; ++r) {
+          const int64_t here = least(row + r, next - 1);
+          sums[r] = lanes_of_row(scratch + (w.pointers[here] - from), w.pointers[here + 1] - w.pointers[here]);
+        }
+        put_four(product, row, least(4, next - row), sums);
       }
+      row = next;
       continue;
     }
     for (; row < next; ++row) {

@@ -23,6 +23,8 @@ static inline Floats spread(float value) { return Floats{value, value, value, va
 static inline Floats add(Floats a, Floats b) { return a + b; }
 static inline Floats multiply(Floats a, Floats b) { return a * b; }
 static inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+static inline float sum(Floats value);
+static inline void sum_four(Floats a, Floats b, Floats c, Floats d, float* to) { to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d); }
 static inline float sum(Floats value) { return (value[0] + value[2]) + (value[1] + value[3]); }
 
 // Lanes change their signs where a bit of `minus` is set: the highest of the four lowest for the first lane.
