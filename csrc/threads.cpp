@@ -1,6 +1,7 @@
 #include "threads.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -115,6 +116,15 @@ Pool& the_pool() {
   return *found;
 }
 
+// Other threads are a moment away, unless the system runs something else in their place: then this one sleeps, which may be what they wait for.
+void wait_for(const std::atomic<int64_t>& left) {
+  for (int waits = 0; left.load(std::memory_order_acquire) != 0; ++waits) {
+    if (waits < 2000) pause();
+    else if (waits < 2020) std::this_thread::yield();
+    else std::this_thread::sleep_for(std::chrono::microseconds(20));
+  }
+}
+
 }  // namespace
 
 void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t, int), void* context) {
@@ -152,23 +162,20 @@ void run_stages(int threads, const std::vector<Stage>& stages) {
   struct Job {
     const std::vector<Stage>& stages;
     std::vector<Count> counts;
+    size_t begin;
   };
-  Job job{stages, std::vector<Count>(stages.size())};
+  Job job{stages, std::vector<Count>(stages.size()), 0};
   int64_t tasks = 0;
-  for (size_t i = 0; i < stages.size(); ++i) {
+  for (; job.begin < stages.size() && stages[job.begin].tasks == 1; ++job.begin) stages[job.begin].work(0, 0);  // before anyone is asked to help
+  for (size_t i = job.begin; i < stages.size(); ++i) {
     job.counts[i].left.store(stages[i].tasks, std::memory_order_relaxed);
     tasks += stages[i].tasks;
   }
   const auto work = [](void* context, int64_t task, int worker) {
     Job& job = *static_cast<Job*>(context);
-    size_t stage = 0;
+    size_t stage = job.begin;
     for (; task >= job.stages[stage].tasks; ++stage) task -= job.stages[stage].tasks;
-    for (size_t before = 0; before < stage; ++before) {
-      for (int waits = 0; job.counts[before].left.load(std::memory_order_acquire) != 0; ++waits) {
-        if (waits < 4000) pause();
-        else std::this_thread::yield();
-      }
-    }
+    for (size_t before = job.begin; before < stage; ++before) wait_for(job.counts[before].left);
     job.stages[stage].work(task, worker);
     job.counts[stage].left.fetch_sub(1, std::memory_order_release);
   };

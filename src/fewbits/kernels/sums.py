@@ -19,8 +19,7 @@ Factors = tuple[Description, ...]  # a matrix, or two: what inputs meet last, an
 
 def may_add(inputs: Tensor) -> bool:
     """Whether sums of these inputs `[..., columns]` are worth describing: few vectors, on the CPU."""
-    vectors = inputs.numel() // max(inputs.shape[-1], 1)
-    return 0 < vectors <= FEW_VECTORS and usable(inputs.dtype, (inputs,))
+    return 0 < inputs.numel() <= FEW_VECTORS * inputs.shape[-1] and inputs.device.type == "cpu"
 
 
 def describe_sum(terms: Sequence[Factors], biases: Sequence[Tensor] = ()) -> Description | None:
