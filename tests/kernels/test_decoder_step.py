@@ -70,11 +70,11 @@ def test_calls_that_do_not_fit_are_refused():
 
 def test_a_norm_of_zeros_is_its_epsilon(monkeypatch):
     step = DecoderStep(HEADS, sums(), norms(24, 24, 8, 8), [1e-6] * 4)
-    way = Way.chosen()
+    way = Way.chosen(torch.float32)
     queries, keys, values = step.before(way, torch.zeros(2, 3, 24), torch.ones(1, 3, 8), torch.zeros(1, 3, 8))
     assert queries.shape == (2, 4, 3, 8) and keys.shape == values.shape == (2, 2, 3, 8)
     assert not queries.any() and not keys.any() and not values.any()
     states = torch.full((2, 3, 24), 0.5)
     assert torch.equal(step.after(way, torch.zeros(2, 3, 4, 8), states)[0, 0], step.after(way, torch.zeros(2, 3, 4, 8), states)[1, 2])
     monkeypatch.setenv("FEWBITS_FORCE_ISA", "none")
-    assert Way.chosen() is None
+    assert Way.chosen(torch.float32) is None

@@ -25,8 +25,8 @@ from fewbits.kernels.dispatch import FEW_VECTORS, counts
 from fewbits.kernels.layout import Description
 
 # Of the sum over the terms of |input| times a row's largest |weight|, or of |input| |right| |left|: what sums of float32 products may be
-# off by.
-SUM_LIMIT = 1e-6
+# off by, and those of bfloat16 inputs, which have two digits in fixed point.
+SUM_LIMIT = {torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 2**-12}
 ROUNDED_TO = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # of the whole sum, once
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
@@ -98,7 +98,7 @@ def assert_agrees(terms, inputs: Tensor) -> None:
     assert counts["multiply_sums"] == before["multiply_sums"] + 1 and counts["multiply"] == before["multiply"]
     assert found.dtype == inputs.dtype and found.shape == (*inputs.shape[:-1], terms[0].shape[0])
     expected = sum(inputs.double() @ term.decode().double().T for term in terms)
-    limit = SUM_LIMIT * sum(reach(term, inputs.double()) for term in terms)
+    limit = SUM_LIMIT[inputs.dtype] * sum(reach(term, inputs.double()) for term in terms)
     limit = limit + ROUNDED_TO[inputs.dtype] * (expected.abs() + limit) + torch.finfo(inputs.dtype).smallest_normal
     assert bool(((found.double() - expected).abs() <= limit).all())
 

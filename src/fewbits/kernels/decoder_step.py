@@ -31,10 +31,10 @@ class Way:
     threads: int
 
     @classmethod
-    def chosen(cls) -> Way | None:
-        """What is asked for now; None where no kernel was built, or none is wanted."""
+    def chosen(cls, dtype: torch.dtype) -> Way | None:
+        """What is asked for now, for numbers of this dtype; None where no kernel was built, or none is wanted."""
         isa = None if native.extension() is None else native.chosen()
-        return None if isa is None else cls(isa, native.digits(), torch.get_num_threads())
+        return None if isa is None else cls(isa, native.digits(dtype), torch.get_num_threads())
 
 
 class DecoderStep:

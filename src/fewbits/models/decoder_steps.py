@@ -129,11 +129,11 @@ class _Stepping(nn.Module):
         if torch.compiler.is_compiling():
             return super().forward(hidden_states, *arguments, **options)
         step = None if arguments else _step_for(self, hidden_states, options)
-        way = None if step is None else Way.chosen()
+        way = None if step is None else Way.chosen(step.dtype)
         if step is None or way is None:
             counts["decoder_layer"] += 1
             return super().forward(hidden_states, *arguments, **options)
-        return _run(self, step, way, hidden_states, **options)
+        return _run(self, step, way, hidden_states, options)
 
 
 def _step_for(layer: nn.Module, states: Tensor, options: Mapping[str, Any]) -> DecoderStep | None:
@@ -159,28 +159,18 @@ def _fits(step: DecoderStep, states: Tensor) -> bool:
     return states.dtype == step.dtype and states.is_cpu and states.is_contiguous()
 
 
-def _run(  # noqa: PLR0913
-    layer: Any,
-    step: DecoderStep,
-    way: Way,
-    states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    cache: Any = None,
-    use_cache: bool | None = False,
-    position_embeddings: Any = None,
-    **options: Any,
-) -> Tensor:
+def _run(layer: Any, step: DecoderStep, way: Way, states: Tensor, options: Mapping[str, Any]) -> Tensor:
     """The layer's forward, in the words of its own: what is not native is asked for as its attention does."""
+    given: dict[str, Any] = {"position_ids": None, "use_cache": False, **options}  # what attention functions and caches see
+    mask, cache, angles = given.pop("attention_mask", None), given.pop("cache", None), given.pop("position_embeddings")
     attention = layer.self_attn
-    queries, keys, values = step.before(way, states, *position_embeddings)
-    options |= {"position_ids": position_ids, "use_cache": use_cache}
+    queries, keys, values = step.before(way, states, *angles)
     if cache is not None:
-        keys, values = cache.update(keys, values, attention.layer_idx, kwargs=options)
+        keys, values = cache.update(keys, values, attention.layer_idx, kwargs=given)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, layer.eager_attention)
     dropout = attention.attention_dropout if attention.training else 0.0
     window = layer.window_of(attention)
-    attended, _ = attend(attention, queries, keys, values, attention_mask, dropout=dropout, scaling=attention.scaling, **window, **options)
+    attended, _ = attend(attention, queries, keys, values, mask, dropout=dropout, scaling=attention.scaling, **window, **given)
     return step.after(way, attended.contiguous(), states)
 
 
