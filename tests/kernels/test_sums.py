@@ -1,5 +1,8 @@
 """Sums of terms in one call, on every instruction set, against the definitions' sum in float64; descriptions that lie are refused."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -169,6 +172,27 @@ def test_who_adds_up(monkeypatch):
     assert counts["multiply_sums"] == before
     with pytest.raises(RuntimeError, match="shapes"):
         CompressedTensor(terms).matmul(sample(2, 63))
+
+
+def test_what_is_kept_is_seen_when_numbers_change_and_goes_with_its_terms():
+    first, second, third = uniform(8, 64), TERMS["sparse"](8, 64), TERMS["thin"](8, 64)
+    inputs = sample(2, 64)
+    for others in ((second,), (third,), (second, third), (second,)):
+        weight = CompressedTensor((first, *others))
+        torch.testing.assert_close(weight.matmul(inputs), inputs @ weight.decode().T, rtol=1e-4, atol=1e-3)
+    second.values.mul_(2)
+    first.scales.mul_(0.5)
+    weight = CompressedTensor((first, second))
+    torch.testing.assert_close(weight.matmul(inputs), inputs @ weight.decode().T, rtol=1e-4, atol=1e-3)
+    made_anew = TERMS["minifloat"](8, 64)  # whose table of scales is made for each product
+    weight = CompressedTensor((made_anew, second))
+    weight.matmul(inputs)
+    made_anew.scales.fill_(56)
+    torch.testing.assert_close(weight.matmul(inputs), inputs @ weight.decode().T, rtol=1e-4, atol=1e-3)
+    gone = weakref.ref(first)
+    del first, weight
+    gc.collect()
+    assert gone() is None
 
 
 def test_a_quantizer_rounds_what_most_terms_read():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import weakref
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,8 +35,35 @@ class Described(Term):
 def multiply_terms(terms: tuple[Term, ...], inputs: Tensor) -> Tensor | None:
     """`inputs [..., columns]` times the sum of `terms` in one call; None where no kernel serves."""
     rows, columns = terms[0].shape
-    described = describe_terms(terms) if inputs.shape[-1] == columns and sums.may_add(inputs) else None
-    return None if described is None else sums.multiply_sum(described, rows, inputs)
+    described = _described_sum(terms) if inputs.shape[-1] == columns and sums.may_add(inputs) else None
+    found = None if described is None else sums.multiply_sums([described], [rows], inputs)
+    return None if found is None else found[0]
+
+
+_KEPT: weakref.WeakKeyDictionary[Term, tuple[tuple[Term, ...], Description]] = weakref.WeakKeyDictionary()
+
+
+def _described_sum(terms: tuple[Term, ...]) -> Description | None:
+    """How kernels are told of a sum, kept beside its first term as long as that lives: terms never change."""
+    if torch.compiler.is_compiling():
+        return sums.describe_sum(describe_terms(terms))
+    kept = _KEPT.get(terms[0])
+    if kept is not None and len(kept[0]) + 1 == len(terms) and all(map(operator.is_, kept[0], terms[1:])):
+        return kept[1]
+    found = describe_lasting(terms)
+    if found is None:
+        return sums.describe_sum(describe_terms(terms))
+    if not any(one is terms[0] for one in terms[1:]):
+        _KEPT[terms[0]] = terms[1:], found
+    return found
+
+
+def describe_lasting(terms: tuple[Term, ...], biases: Sequence[Tensor] = ()) -> Description | None:
+    """The sum of `terms` and `biases [rows]` as kernels read it, where all its numbers are stored ones and none is made for kernels."""
+    found, again = (sums.describe_sum(describe_terms(terms), biases) for _ in range(2))
+    if found is None or again is None or any(one is not two for one, two in zip(found.tensors, again.tensors, strict=True)):
+        return None
+    return found
 
 
 def describe_terms(terms: tuple[Term, ...]) -> list[sums.Factors] | None:

@@ -22,11 +22,13 @@ def may_add(inputs: Tensor) -> bool:
     return 0 < inputs.numel() <= FEW_VECTORS * inputs.shape[-1] and inputs.device.type == "cpu"
 
 
-def describe_sum(terms: Sequence[Factors], biases: Sequence[Tensor] = ()) -> Description | None:
-    """Terms of one shape, and `biases [rows]` that are added after that; None where kernels do not read a bias.
+def describe_sum(terms: Sequence[Factors] | None, biases: Sequence[Tensor] = ()) -> Description | None:
+    """Terms of one shape, and `biases [rows]` that are added after that; None where kernels do not read a term or a bias.
 
     The order is that of `read_sum` in csrc/sum_bindings.cpp, which checks every size.
     """
+    if terms is None:
+        return None
     tensors: list[Tensor] = []
     layout = [len(terms)]
     for factors in terms:
@@ -49,23 +51,16 @@ def multiply_sums(sums: Sequence[Description], rows: Sequence[int], inputs: Tens
 
     None where a kernel does not serve: as `dispatch.multiply` has it, and for more than `FEW_VECTORS` vectors.
     """
-    tensors = [tensor for one in sums for tensor in one.tensors]
+    tensors = sums[0].tensors if len(sums) == 1 else tuple(tensor for one in sums for tensor in one.tensors)
     whole = all(tensor.is_contiguous() for tensor in tensors) and min(*rows, inputs.shape[-1]) > 0
     if not whole or not may_add(inputs) or not usable(inputs.dtype, (inputs, *tensors)):
         return None
-    layout = [number for one in sums for number in one.layout]
+    layout = sums[0].layout if len(sums) == 1 else tuple(number for one in sums for number in one.layout)
     plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
     return (_multiply_sums if plain else _multiply_sums_op)(inputs, tensors, layout, list(rows))
 
 
-def multiply_sum(terms: Sequence[Factors], rows: int, inputs: Tensor) -> Tensor | None:
-    """`multiply_sums` of one sum."""
-    described = describe_sum(terms)
-    found = None if described is None else multiply_sums([described], [rows], inputs)
-    return None if found is None else found[0]
-
-
-def _multiply_sums(inputs: Tensor, tensors: list[Tensor], layout: list[int], rows: list[int]) -> list[Tensor]:
+def _multiply_sums(inputs: Tensor, tensors: Sequence[Tensor], layout: Sequence[int], rows: Sequence[int]) -> list[Tensor]:
     isa = native.chosen()
     assert isa is not None
     counts["multiply_sums"] += 1

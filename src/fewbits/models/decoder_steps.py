@@ -25,12 +25,11 @@ from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from fewbits.formats.coded import describe_terms
+from fewbits.formats.coded import describe_lasting
 from fewbits.kernels import native
 from fewbits.kernels.decoder_step import DecoderStep, Heads, Way
 from fewbits.kernels.dispatch import counts
 from fewbits.kernels.layout import Description
-from fewbits.kernels.sums import describe_sum
 from fewbits.layers.linear import CompressedLinear
 
 FEW_TOKENS = 8  # of all sequences, up to which a step takes the native calls
@@ -113,13 +112,7 @@ def _described(layer: CompressedLinear) -> Description | None:
     weight = stored.weight
     if stored.activation is not None or weight.input_transforms or weight.output_transforms:
         return None
-    terms, again = describe_terms(weight.terms), describe_terms(weight.terms)
-    biases = [one for one in (stored.offset, layer.bias) if one is not None]
-    found = None if terms is None else describe_sum(terms, biases)
-    other = None if again is None else describe_sum(again, biases)
-    if found is None or other is None or any(one is not two for one, two in zip(found.tensors, other.tensors, strict=True)):
-        return None
-    return found
+    return describe_lasting(weight.terms, [one for one in (stored.offset, layer.bias) if one is not None])
 
 
 class _Stepping(nn.Module):
@@ -171,7 +164,7 @@ def _run(layer: Any, step: DecoderStep, way: Way, states: Tensor, options: Mappi
     dropout = attention.attention_dropout if attention.training else 0.0
     window = layer.window_of(attention)
     attended, _ = attend(attention, queries, keys, values, mask, dropout=dropout, scaling=attention.scaling, **window, **given)
-    return step.after(way, attended.contiguous(), states)
+    return step.after(way, attended.to(states.dtype).contiguous(), states)
 
 
 def _none(attention: Any) -> dict[str, Any]:
