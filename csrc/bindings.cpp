@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "feedback_job.h"
 #include "kmeans.h"
+#include "panels.h"
 #include "reader.h"
 #include "runtime.h"
 #include "sum_bindings.h"
@@ -35,8 +36,10 @@ void multiply(const std::string& isa, const std::vector<int64_t>& layout, const 
   const fewbits::Product product{&matrix, reinterpret_cast<const void*>(inputs), reinterpret_cast<void*>(outputs), vectors, to_number(number), digits};
   const fewbits::Kernels& kernels = fewbits::find_kernels(isa);
   nb::gil_scoped_release released;
-  fewbits::multiply(kernels, product, threads);
+  if (!fewbits::multiply_in_panels(kernels, product, threads)) fewbits::multiply(kernels, product, threads);
 }
+
+bool takes_many(const std::string& isa, int64_t number) { return fewbits::takes_many(fewbits::find_kernels(isa), to_number(number)); }
 
 void decode(const std::string& isa, const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers, int64_t first, int64_t last,
             uint64_t outputs, int64_t number, int threads) {
@@ -203,6 +206,7 @@ NB_MODULE(_native, module) {
   module.def("available", &available, "Names of the instruction sets that can be used, best first.");
   module.def("multiply", &multiply, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("inputs"), nb::arg("outputs"), nb::arg("vectors"),
              nb::arg("number"), nb::arg("threads"), nb::arg("digits") = 3, "outputs [vectors, rows] = inputs [vectors, columns] times the matrix, transposed.");
+  module.def("takes_many", &takes_many, nb::arg("isa"), nb::arg("number"), "Whether codes are multiplied with any number of vectors of a type.");
   module.def("decode", &decode, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("first"), nb::arg("last"), nb::arg("outputs"),
              nb::arg("number"), nb::arg("threads"), "Rows first to last of the matrix, dense.");
   module.def("attend", &attend, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("scale"), nb::arg("threads"),

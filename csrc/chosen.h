@@ -78,8 +78,8 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
 
 }  // namespace chosen
 
-constexpr Kernels make_kernels(const char* name) {
-  return {name, chosen::prepared_floats, chosen::prepare, padded_vectors, chosen::scratch_floats, chosen::multiply, decode, feed_back, rotate};
+constexpr Kernels make_kernels(const char* name, const Panels* (*panels)(const Product&) = nullptr) {
+  return {name, chosen::prepared_floats, chosen::prepare, padded_vectors, chosen::scratch_floats, chosen::multiply, decode, feed_back, rotate, panels};
 }
 
 }  // namespace FEWBITS_ISA

@@ -95,6 +95,7 @@ struct Product {
 
 struct FeedBack;  // feedback_job.h
 struct Rotation;  // rotation_job.h
+struct Panels;    // panels.h
 
 // What one instruction set offers. Every function works on a range and on memory it is handed, so that threads share nothing.
 struct Kernels {
@@ -107,6 +108,7 @@ struct Kernels {
   void (*decode)(const Coded&, int64_t first, int64_t last, void* out, Number number, float* scratch);
   void (*feed_back)(const FeedBack&, int64_t row, int64_t count);  // at most feedback_rows rows
   void (*rotate)(const Rotation&, int64_t vector, float* scratch);  // which has room for two vectors
+  const Panels* (*panels)(const Product&);                          // of many vectors; nullptr where there are none for such a one
 };
 
 constexpr int64_t feedback_rows = 32;

@@ -8,8 +8,10 @@
 #include "../chosen.h"
 
 namespace fewbits {
+const Panels* avx512vnni_panels(const Product&);
+
 const Kernels& avx512vnni_kernels() {
-  static constexpr Kernels kernels = avx512vnni::make_kernels("avx512vnni");
+  static constexpr Kernels kernels = avx512vnni::make_kernels("avx512vnni", avx512vnni_panels);
   return kernels;
 }
 }  // namespace fewbits

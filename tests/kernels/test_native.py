@@ -24,6 +24,7 @@ FLOAT32_LIMIT = 1e-6
 # Of the largest |input| times (|code * scale| + |zero * scale|), for each square root of a column: what inputs in fixed point of fewer
 # digits may be off by, at seven times the deviation of errors that are half a unit, 2**-7 or 2**-15 of the largest input, at most.
 DIGITS_LIMIT = {1: 2**-5, 2: 2**-13}
+PANEL_LIMIT = 2**-8  # of the sum of |input * weight|: where bfloat16 vectors, two or more, take panels, weights are rounded as theirs
 ROUNDED_TO = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # of the product: the output's own rounding
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
@@ -66,6 +67,8 @@ def assert_agrees(term, inputs: Tensor) -> None:
     limit = FLOAT32_LIMIT * inputs.double().abs().sum(-1, keepdim=True) * grid_size(term).T
     if inputs.dtype == torch.bfloat16:  # two digits
         limit += DIGITS_LIMIT[2] * inputs.shape[-1] ** 0.5 * inputs.double().abs().amax(-1, keepdim=True) * grid_size(term).T
+    if inputs.dtype == torch.bfloat16 and len(inputs) > 1 and native.chosen() == "avx512vnni":
+        limit = limit + PANEL_LIMIT * (inputs.double().abs() @ term.define(torch.float64).abs().T)
     limit = limit + ROUNDED_TO[inputs.dtype] * (expected.abs() + limit) + torch.finfo(inputs.dtype).smallest_normal
     assert bool(((found.double() - expected).abs() <= limit).all())
 
@@ -276,7 +279,8 @@ def test_a_product_is_the_same_each_time_and_on_any_number_of_threads(isa, on_th
     assert all(torch.equal(found[0][0], other) for some in found for other in some)
 
 
-def test_many_vectors_are_a_matrix_product_of_decoded_tiles(isa, monkeypatch):
+def test_many_vectors_are_a_matrix_product_of_decoded_tiles_where_there_are_no_panels(isa, monkeypatch):
+    monkeypatch.setattr(dispatch, "_takes_many", lambda _: False)
     term, inputs = uniform(3, 50, 64, 16, "real"), torch.randn(2, 20, 64, generator=sample(0))
     whole = term.matmul(inputs)
     torch.testing.assert_close(whole, inputs @ term.define().T)

@@ -18,7 +18,7 @@ from fewbits.kernels import native
 from fewbits.kernels.layout import MIXED, SIGNED, Description, entries, has_codes
 from fewbits.kernels.triton import gpu
 
-FEW_VECTORS = 32  # up to which codes are read as they are; above, a matrix product on decoded weights is faster
+FEW_VECTORS = 32  # up to which every kernel takes codes as they are; above, those that decode a panel of rows for all vectors
 _VECTORS_AT_ONCE = 256  # that matrices which are never decoded are multiplied with
 _MOST_VECTORS = {SIGNED: 512, MIXED: 256}  # with 1024 and 512 torch was faster, 2048 x 2048 with rank 16 and 1024 x 1024
 _SPARSE_SHARE = 64  # one entry in so many is few enough for sparse rows to be faster than decoded ones
@@ -40,7 +40,7 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
     plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
     function = _multiply if plain else _multiply_op
     vectors = inputs.numel() // inputs.shape[-1]
-    if vectors <= FEW_VECTORS:
+    if vectors <= FEW_VECTORS or (has_codes(matrix) and (_on_gpu(inputs) or _takes_many(inputs.dtype))):
         return function(inputs, matrix.tensors, matrix.layout)
     if vectors <= _most_vectors(matrix):
         some = inputs.reshape(-1, inputs.shape[-1]).split(_VECTORS_AT_ONCE)
@@ -48,8 +48,6 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
     if not has_codes(matrix):
         counts["definition"] += 1
         return None
-    if _on_gpu(inputs):  # kernels decode tiles where they multiply them
-        return function(inputs, matrix.tensors, matrix.layout)
     rows, columns = matrix.layout[:2]
     step = min(rows, max(1, _TILE_BYTES // (columns * inputs.element_size())))
     room = _room(step, columns, inputs.dtype) if plain else None
@@ -131,6 +129,12 @@ def _gradients_are_asked_for(tensors: tuple[Tensor, ...]) -> bool:
 @torch.compiler.assume_constant_result
 def _native_is_chosen() -> bool:
     return native.extension() is not None and native.chosen() is not None
+
+
+@torch.compiler.assume_constant_result
+def _takes_many(dtype: torch.dtype) -> bool:
+    isa = native.chosen()
+    return isa is not None and native.takes_many(isa, dtype)
 
 
 def _multiply(inputs: Tensor, tensors: list[Tensor] | tuple[Tensor, ...], layout: list[int] | tuple[int, ...]) -> Tensor:

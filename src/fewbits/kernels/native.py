@@ -83,6 +83,12 @@ def number(dtype: torch.dtype) -> int | None:
     return _NUMBERS.get(dtype)
 
 
+def takes_many(isa: str, dtype: torch.dtype) -> bool:
+    """Whether kernels multiply codes with any number of vectors of this dtype; elsewhere, with few."""
+    assert _extension is not None
+    return bool(_extension.takes_many(isa, _NUMBERS[dtype]))
+
+
 def multiply(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], inputs: Tensor) -> Tensor:
     """`inputs [..., columns] @ W.T`, W `[rows, columns]` described by `layout` (see `layout.py`), in the dtype of the inputs.
 

@@ -1,0 +1,201 @@
+// Sixteen rows of a matrix side by side, a row a lane: codes, scales and zero points column by column. AVX-512 with BW, VL and DQ.
+#pragma once
+#include "../grid.h"
+
+namespace fewbits {
+namespace FEWBITS_ISA {
+
+// Columns of a row, whole registers of them whatever the width of codes.
+constexpr int64_t chunk = 256;
+static inline int64_t padded_columns(const Coded& w) { return rounded_up(w.columns, chunk); }
+
+// Lane r of place c from lane c of place r.
+static inline __attribute__((always_inline)) void transpose(__m512i* all) {
+  __m512i some[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    some[i] = _mm512_unpacklo_epi32(all[i], all[i + 1]);
+    some[i + 1] = _mm512_unpackhi_epi32(all[i], all[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    all[i] = _mm512_unpacklo_epi64(some[i], some[i + 2]);
+    all[i + 1] = _mm512_unpackhi_epi64(some[i], some[i + 2]);
+    all[i + 2] = _mm512_unpacklo_epi64(some[i + 1], some[i + 3]);
+    all[i + 3] = _mm512_unpackhi_epi64(some[i + 1], some[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    some[i] = _mm512_shuffle_i32x4(all[i], all[i + 4], 0x88);
+    some[i + 4] = _mm512_shuffle_i32x4(all[i], all[i + 4], 0xdd);
+    some[i + 8] = _mm512_shuffle_i32x4(all[i + 8], all[i + 12], 0x88);
+    some[i + 12] = _mm512_shuffle_i32x4(all[i + 8], all[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    all[i] = _mm512_shuffle_i32x4(some[i], some[i + 8], 0x88);
+    all[i + 4] = _mm512_shuffle_i32x4(some[i + 4], some[i + 12], 0x88);
+    all[i + 8] = _mm512_shuffle_i32x4(some[i], some[i + 8], 0xdd);
+    all[i + 12] = _mm512_shuffle_i32x4(some[i + 4], some[i + 12], 0xdd);
+  }
+}
+
+// The same of eight registers and lanes of 64 bits.
+static inline __attribute__((always_inline)) void transpose_long(__m512i* all) {
+  __m512i some[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    some[i] = _mm512_unpacklo_epi64(all[i], all[i + 1]);
+    some[i + 1] = _mm512_unpackhi_epi64(all[i], all[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const __m512i a = _mm512_shuffle_i64x2(some[i], some[i + 2], 0x88), b = _mm512_shuffle_i64x2(some[i], some[i + 2], 0xdd);
+    const __m512i c = _mm512_shuffle_i64x2(some[i + 4], some[i + 6], 0x88), d = _mm512_shuffle_i64x2(some[i + 4], some[i + 6], 0xdd);
+    all[i] = _mm512_shuffle_i64x2(a, c, 0x88), all[i + 2] = _mm512_shuffle_i64x2(b, d, 0x88);
+    all[i + 4] = _mm512_shuffle_i64x2(a, c, 0xdd), all[i + 6] = _mm512_shuffle_i64x2(b, d, 0xdd);
+  }
+}
+
+// Words `[16, stride]` to `[count, panel_rows]`; `count` is a multiple of 16.
+static void transpose_words(const uint32_t* from, int64_t stride, int64_t count, uint32_t* to) {
+  for (int64_t at = 0; at < count; at += 16) {
+    __m512i all[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) all[r] = _mm512_loadu_si512(from + r * stride + at);
+    transpose(all);
+#pragma GCC unroll 16
+    for (int c = 0; c < 16; ++c) _mm512_store_si512(to + (at + c) * panel_rows, all[c]);
+  }
+}
+
+// The rows of a panel: those behind the matrix's last one are the last one again.
+struct PanelRows {
+  int64_t row[panel_rows];
+
+  PanelRows(const Coded& w, int64_t first) {
+    for (int64_t r = 0; r < panel_rows; ++r) row[r] = least(first + r, w.rows - 1);
+  }
+};
+
+static inline int64_t padded_groups(const Coded& w) { return rounded_up(w.groups, 16); }
+
+// Floats that `read_by_groups` needs.
+static inline int64_t groups_room(const Coded& w) { return 16 * padded_groups(w) + decode_floats(w); }
+
+// Scales or zero points of a panel's rows, `[padded groups, panel_rows]`; `missing` where none are stored.
+static void read_by_groups(const Coded& w, const Values& values, float missing, const PanelRows& rows, float* to, float* room) {
+  const int64_t groups = padded_groups(w);
+  if (values.kind == Values::none || values.kind == Values::signs) {
+    for (int64_t i = 0; i < groups * panel_rows; ++i) to[i] = missing;
+    return;
+  }
+  for (int half = 0; half < 2; ++half) {
+    for (int r = 0; r < 16; ++r) {
+      read_values(values, w.bits, rows.row[16 * half + r], room + r * groups, room + 16 * groups);
+      for (int64_t g = w.groups; g < groups; ++g) room[r * groups + g] = 0.0f;
+    }
+    transpose_words(reinterpret_cast<const uint32_t*>(room), groups, groups, reinterpret_cast<uint32_t*>(to) + 16 * half);
+  }
+}
+
+#ifdef __AVX512VBMI__
+// Sixty-four codes of a row, one to a byte; bytes past `bytes` of the row count as zero and are not touched.
+template <int Bits>
+static inline __attribute__((always_inline)) __m512i take_codes(const uint8_t* from, int64_t bytes) {
+  const uint64_t touched = bytes >= 64 ? ~uint64_t{0} : bytes <= 0 ? 0 : (uint64_t{1} << bytes) - 1;
+  constexpr uint64_t taken = Bits == 8 ? ~uint64_t{0} : (uint64_t{1} << (8 * Bits % 64)) - 1;
+  const __m512i all = _mm512_maskz_loadu_epi8(touched & taken, from);
+  if constexpr (Bits == 8) return all;
+  alignas(64) static constexpr auto order = [] {
+    struct { uint8_t at[64]; } made{};
+    for (int i = 0; i < 64; ++i) made.at[i] = static_cast<uint8_t>(i / 8 * Bits + (i % 8 < Bits ? i % 8 : 0));
+    return made;
+  }();
+  constexpr uint64_t starts = [] {
+    uint64_t made = 0;
+    for (int i = 0; i < 8; ++i) made |= static_cast<uint64_t>(i * Bits) << (8 * i);
+    return made;
+  }();
+  const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(order.at), all);
+  const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(starts)), words);
+  return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1)));
+}
+
+// Bits that a code has in a register: its own, or 8 where they do not fill bytes, or where groups end inside of 32 bits of a row.
+static inline int field_bits(const Coded& w) {
+  const bool fits = w.bits == 2 || w.bits == 4;
+  return fits && (w.groups == 1 || w.group % (32 / w.bits) == 0) ? w.bits : 8;
+}
+
+// Calls a function for the width of codes and the bits that they have in a register.
+#define FEWBITS_FOR_FIELDS(function, w, ...)                                              \
+  switch (w.bits) {                                                                       \
+    case 1: return function<1, 8>(__VA_ARGS__);                                           \
+    case 2: return (field_bits(w) == 2 ? function<2, 2> : function<2, 8>)(__VA_ARGS__);   \
+    case 3: return function<3, 8>(__VA_ARGS__);                                           \
+    case 4: return (field_bits(w) == 4 ? function<4, 4> : function<4, 8>)(__VA_ARGS__);   \
+    case 5: return function<5, 8>(__VA_ARGS__);                                           \
+    case 6: return function<6, 8>(__VA_ARGS__);                                           \
+    case 7: return function<7, 8>(__VA_ARGS__);                                           \
+    default: return function<8, 8>(__VA_ARGS__);                                          \
+  }
+
+// Codes of sixteen rows from a column on, 512 / Field of each.
+template <int Bits, int Field>
+static inline __attribute__((always_inline)) void take_rows(const Coded& w, const int64_t* rows, int64_t column, __m512i* all) {
+  const int64_t at = column / 8 * Bits;
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) all[r] = take_codes<Field == Bits ? 8 : Bits>(w.codes + rows[r] * w.row_bytes + at, w.row_bytes - at);
+}
+#endif
+
+// Asks for the codes of the chunk's columns that come next, of all rows of a panel.
+static inline __attribute__((always_inline)) void fetch_codes(const Coded& w, const PanelRows& rows, int64_t column, int64_t columns) {
+  const int64_t from = column * w.bits / 8, to = least((column + columns) * w.bits / 8, w.row_bytes);
+  for (int64_t r = 0; r < panel_rows; ++r) {
+    for (int64_t at = from; at < to; at += 64) __builtin_prefetch(w.codes + rows.row[r] * w.row_bytes + at, 0, 2);
+  }
+}
+
+constexpr int64_t tile = 12;            // vectors whose inputs lie side by side
+constexpr int64_t panels_at_once = 2;  // that meet a tile of inputs while it is in the first cache
+
+// Words of the vectors of a tile side by side, `[count, tile]`; `take(v, at)` has sixteen words of a vector, `count` is a multiple of 16.
+template <class Take>
+static inline __attribute__((always_inline)) void lay_out(int64_t count, uint32_t* to, const Take& take) {
+  for (int64_t at = 0; at < count; at += 16) {
+    __m512i all[16];
+#pragma GCC unroll 16
+    for (int v = 0; v < 16; ++v) all[v] = v < tile ? take(v, at) : _mm512_setzero_si512();
+    transpose(all);
+#pragma GCC unroll 16
+    for (int c = 0; c < 16; ++c) _mm512_mask_storeu_epi32(to + (at + c) * tile, 0xfff, all[c]);
+  }
+}
+
+// Up to 32 sums of a vector as numbers of the outputs' type.
+static void put_rows(const Product& product, int64_t vector, int64_t row, const float* sums) {
+  const int64_t at = vector * product.matrix->rows + row, count = least(panel_rows, product.matrix->rows - row);
+  for (int64_t half = 0; half < count; half += 16) {
+    const __mmask16 there = static_cast<__mmask16>(count - half >= 16 ? 0xffff : (1u << (count - half)) - 1);
+    const __m512 values = _mm512_load_ps(sums + half);
+    if (product.number == Number::f32) {
+      _mm512_mask_storeu_ps(static_cast<float*>(product.outputs) + at + half, there, values);
+      continue;
+    }
+    __m256i numbers;
+    if (product.number == Number::f16) {
+      numbers = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+      const __m512i bits = _mm512_castps_si512(values), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+      const __mmask16 none = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+      numbers = _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(none, rounded, _mm512_set1_epi32(0x7fc0)));
+    }
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(product.outputs) + at + half, there, numbers);
+  }
+}
+
+}  // namespace FEWBITS_ISA
+}  // namespace fewbits
