@@ -1,12 +1,12 @@
 """Products of few vectors beside those a user would take otherwise: torch's int4 kernel and onnxruntime's MatMulNBits.
 
-    python benchmarks/products_beside_peers.py [results/benchmarks/products_beside_peers.json] [--rounds 9] [--threads 1 2]
+    python benchmarks/products_beside_peers.py [results/benchmarks/products_beside_peers.json] [--rounds 9] [--threads 2]
         [--shapes 4096x4096 11008x4096] [--vectors 1 4 16] [--first-in-line]
 
 All take turns in bursts of about 6 milliseconds, as in native_matvec.py, each product with the next of copies that the last-level cache
 cannot hold, and wait for the others' threads to sleep. fewbits has symmetric fp16 scales and bfloat16 inputs, once exact and once
 rounded to 8 bits; torch has bfloat16 inputs, scales and minimums; onnxruntime float32 inputs, rounded to 8 bits inside (accuracy level
-4). Ratios are of neighbouring bursts.
+4), on one pool of threads for all copies. Ratios are of neighbouring bursts. Rows of another number of threads stay in the result.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def torch_int4(rows: int, columns: int, width: tuple[int, int]) -> tuple[int, Pr
     return packed.nbytes + grid.nbytes, lambda inputs: torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, packed, width[1], grid)
 
 
-def onnx_bits(rows: int, columns: int, width: tuple[int, int], vectors: int, threads: int) -> tuple[int, Product]:
+def onnx_bits(rows: int, columns: int, width: tuple[int, int], vectors: int) -> tuple[int, Product]:
     bits, group = width
     codes = np.random.default_rng(0).integers(0, 256, (rows, columns // group, group * bits // 8), dtype=np.uint8)
     scales = np.random.default_rng(1).random(rows * columns // group, dtype=np.float32)
@@ -64,7 +64,7 @@ def onnx_bits(rows: int, columns: int, width: tuple[int, int], vectors: int, thr
     )
     domains = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.use_per_session_threads = False  # each copy's own threads would wait for the others'
     model = helper.make_model(graph, opset_imports=domains, ir_version=10)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     room = np.empty((vectors, rows), np.float32)
@@ -89,9 +89,7 @@ def digits_of_inputs(digits: str | None):
         os.environ.pop("FEWBITS_INPUT_DIGITS", None)
 
 
-def competitors(
-    rows: int, columns: int, vectors: int, threads: int
-) -> dict[str, tuple[list[tuple[int, Product]], torch.Tensor, str | None]]:
+def competitors(rows: int, columns: int, vectors: int) -> dict[str, tuple[list[tuple[int, Product]], torch.Tensor, str | None]]:
     """Name to copies, inputs and how many digits ours have."""
     exact, wide, rooms = torch.randn(vectors, columns).bfloat16(), torch.randn(vectors, columns), native.Rooms()
 
@@ -107,15 +105,14 @@ def competitors(
         found[f"fewbits {name}, 8-bit inputs"] = (mine, exact, "1")
         if width[0] == 4:
             found[f"torch int4 {name}"] = (copies(lambda width=width: torch_int4(rows, columns, width)), exact, None)
-        found[f"onnxruntime {name}"] = (copies(lambda width=width: onnx_bits(rows, columns, width, vectors, threads)), wide, None)
+        found[f"onnxruntime {name}"] = (copies(lambda width=width: onnx_bits(rows, columns, width, vectors)), wide, None)
     dense = copies(lambda: (2 * rows * columns, torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)))
     return found | {"torch bfloat16": (dense, exact, None)}
 
 
-def measure(rows: int, columns: int, vectors: int, threads: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    torch.set_num_threads(threads)
+def measure(rows: int, columns: int, vectors: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
     memory = native.Rooms().moved(torch.zeros(bursts.MEMORY, dtype=torch.uint8))
-    products = competitors(rows, columns, vectors, threads)
+    products = competitors(rows, columns, vectors)
     kept: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in products}
     counts = {}
     for turn in range(arguments.rounds + 1):
@@ -124,11 +121,11 @@ def measure(rows: int, columns: int, vectors: int, threads: int, arguments: argp
                 if turn == 0:
                     counts[name] = bursts.count_of(copies, inputs)
                     continue
-                time.sleep(0.03)  # until the threads of the one before sleep
+                time.sleep(0.05)  # until the threads of the one before sleep
                 found = bursts.burst(copies, counts[name], inputs, memory, arguments.first_in_line)
             if found is not None:
                 kept[name][turn] = found
-    return [row(name, kept, products[name][0][0][0], (rows, columns, vectors, threads)) for name in products]
+    return [row(name, kept, products[name][0][0][0], (rows, columns, vectors, arguments.threads)) for name in products]
 
 
 def row(name: str, kept: dict[str, dict[int, tuple[float, float]]], size: int, sizes: tuple[int, int, int, int]) -> dict[str, object]:
@@ -152,19 +149,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path, nargs="?", default=Path("results/benchmarks/products_beside_peers.json"))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vectors", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--shapes", nargs="+", default=["4096x4096", "11008x4096"])
     parser.add_argument("--first-in-line", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     table, loads = [], [os.getloadavg()[0]]
+    torch.set_num_threads(arguments.threads)
+    onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)
     with torch.no_grad():
         for shape in arguments.shapes:
-            for threads in arguments.threads:
-                for vectors in arguments.vectors:
-                    table += measure(*(int(size) for size in shape.split("x")), vectors, threads, arguments)
+            for vectors in arguments.vectors:
+                table += measure(*(int(size) for size in shape.split("x")), vectors, arguments)
             loads.append(os.getloadavg()[0])
+    if arguments.result.is_file():
+        others = [one for one in json.loads(arguments.result.read_text())["rows"] if one["threads"] != arguments.threads]
+        table = sorted(others + table, key=lambda one: one["threads"])
     machine = {"processor": platform.machine(), "cpus": os.cpu_count(), "instruction_set": native.chosen()}
     result = {
         "machine": machine,

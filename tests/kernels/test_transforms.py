@@ -137,19 +137,19 @@ def _calls(isa: str) -> dict[str, tuple]:
 @pytest.mark.parametrize("name", ["rotate", "reorder"])
 def test_every_size_and_buffer_that_is_wrong_is_refused(isa, name):
     function, sizes, held = _calls(isa)[name]
-    function(sizes, native._buffers(held))
+    function(sizes, native.buffers(held))
     for place in range(len(sizes)):
         for wrong in (-1, 2**40 + 1):
             with pytest.raises(ValueError, match="a size in a layout is out of range"):
-                function([*sizes[:place], wrong, *sizes[place + 1 :]], native._buffers(held))
+                function([*sizes[:place], wrong, *sizes[place + 1 :]], native.buffers(held))
     for place, tensor in enumerate(held):
         short = [*held[:place], tensor.flatten()[:-1].clone(), *held[place + 1 :]]
         with pytest.raises(ValueError, match="a buffer is not of the size that its layout says"):
-            function(sizes, native._buffers(short))
+            function(sizes, native.buffers(short))
     with pytest.raises(ValueError, match="a layout needs more buffers than were given"):
-        function(sizes, native._buffers(held[:-1]))
+        function(sizes, native.buffers(held[:-1]))
     with pytest.raises(ValueError, match="a layout describes less than was given"):
-        function(sizes, native._buffers([*held, held[0]]))
+        function(sizes, native.buffers([*held, held[0]]))
 
 
 @pytest.mark.parametrize("name", ["rotate", "reorder"])
@@ -163,7 +163,7 @@ def test_sizes_that_lie_are_refused_or_stay_inside(isa, name, data):
     buffers = [tensor.flatten()[: data.draw(st.integers(0, tensor.numel())) if place == cut else None] for place, tensor in enumerate(held)]
     held = [buffer.clone() for buffer in buffers]  # whose memory ends with them
     try:
-        function(sizes, native._buffers(held))
+        function(sizes, native.buffers(held))
     except ValueError:
         return
     assert sizes[0] * sizes[1] * (4 if name == "rotate" and sizes[2] == 0 else 2 if name == "rotate" else sizes[2]) == held[0].nbytes

@@ -40,7 +40,7 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
     plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
     function = _multiply if plain else _multiply_op
     vectors = inputs.numel() // inputs.shape[-1]
-    if vectors <= FEW_VECTORS or (has_codes(matrix) and (_on_gpu(inputs) or _takes_many(inputs.dtype))):
+    if vectors <= FEW_VECTORS or (has_codes(matrix) and (on_gpu(inputs) or _takes_many(inputs.dtype))):
         return function(inputs, matrix.tensors, matrix.layout)
     if vectors <= _most_vectors(matrix):
         some = inputs.reshape(-1, inputs.shape[-1]).split(_VECTORS_AT_ONCE)
@@ -93,12 +93,13 @@ def _rows(matrix: Description, first: int, last: int, dtype: torch.dtype, room: 
 
 def _serves(matrix: Description, dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> bool:
     there = min(matrix.layout[:2]) > 0 and all(tensor.is_contiguous() for tensor in matrix.tensors)
-    if there and _on_gpu(tensors[0]):
+    if there and on_gpu(tensors[0]):
         return counted(_usable_on_gpu(matrix, dtype, tensors))
     return counted(there and usable(dtype, tensors))
 
 
-def _on_gpu(tensor: Tensor) -> bool:
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether a tensor is where Triton kernels run."""
     return tensor.device.type in gpu.DEVICES
 
 
@@ -139,7 +140,7 @@ def _takes_many(dtype: torch.dtype) -> bool:
 
 def _multiply(inputs: Tensor, tensors: list[Tensor] | tuple[Tensor, ...], layout: list[int] | tuple[int, ...]) -> Tensor:
     counts["multiply"] += 1
-    if _on_gpu(inputs):
+    if on_gpu(inputs):
         return gpu.multiply(tensors, layout, inputs)
     isa = native.chosen()
     assert isa is not None
@@ -155,7 +156,7 @@ def _decode(
     outputs: Tensor | None = None,
 ) -> Tensor:
     counts["decode"] += 1
-    if _on_gpu(tensors[0]):
+    if on_gpu(tensors[0]):
         return gpu.decode(tensors, layout, (first, last), dtype)
     isa = native.chosen()
     assert isa is not None

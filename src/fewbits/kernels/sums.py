@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import native
-from fewbits.kernels.dispatch import FEW_VECTORS, counts, usable
+from fewbits.kernels.dispatch import FEW_VECTORS, counts, on_gpu, usable
 from fewbits.kernels.layout import Description
 
 Factors = tuple[Description, ...]  # a matrix, or two: what inputs meet last, and what they meet first
@@ -19,7 +19,7 @@ Factors = tuple[Description, ...]  # a matrix, or two: what inputs meet last, an
 
 def may_add(inputs: Tensor) -> bool:
     """Whether sums of these inputs `[..., columns]` are worth describing: few vectors, on the CPU."""
-    return 0 < inputs.numel() <= FEW_VECTORS * inputs.shape[-1] and inputs.device.type == "cpu"
+    return 0 < inputs.numel() <= FEW_VECTORS * inputs.shape[-1] and inputs.device.type == "cpu" and not on_gpu(inputs)
 
 
 def describe_sum(terms: Sequence[Factors] | None, biases: Sequence[Tensor] = ()) -> Description | None:
