@@ -1,4 +1,4 @@
-"""Tables of timed products: of the files that benchmarks/native_matvec.py and benchmarks/products_beside_peers.py write."""
+"""Tables of timed products: of what native_matvec.py, products_beside_peers.py and prompt_products.py in benchmarks/ write."""
 
 from collections.abc import Callable
 
@@ -36,20 +36,50 @@ def _against_dense(row: dict) -> str:
 
 
 def _beside_peers(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """One line for each product of ours, shape, number of threads and of vectors: speed, and ratios to the peers of its width."""
-    peers = ("torch's int4", "onnxruntime", "torch's bfloat16")
-    heads = ["fewbits", "matrix", "threads", "vectors", "ms", "GFLOP/s", *(f"times as fast as {peer}" for peer in peers)]
+    """Ours down, numbers of vectors across: milliseconds, and how many times as fast as each peer of its width."""
+    mine = [row for row in rows if row["product"].startswith("fewbits") and "milliseconds" in row]
+    counts = sorted({row["vectors"] for row in mine})
+    places = dict.fromkeys((row["threads"], tuple(row["shape"]), row["product"]) for row in mine)
+    found = {(row["threads"], tuple(row["shape"]), row["product"], row["vectors"]): _against_peers(row) for row in mine}
+    heads = ["threads", "matrix", "weights", *(f"{count} vector{'s' * (count > 1)}" for count in counts)]
     cells = []
-    for row in rows:
-        name = row["product"].removeprefix("fewbits ")
-        if name == row["product"] or "milliseconds" not in row:
-            continue
-        width = name.removesuffix(", 8-bit inputs")
-        ratios = [row["times_as_fast_as"].get(peer) for peer in (f"torch int4 {width}", f"onnxruntime {width}", "torch bfloat16")]
-        where = ["x".join(map(str, row["shape"])), str(row["threads"]), str(row["vectors"])]
-        speed = [f"{row['milliseconds'][0]:.3f}", f"{row['gflops']:.0f}"]
-        cells.append([name, *where, *speed, *("-" if ratio is None else _quartiles(ratio) for ratio in ratios)])
+    for place in places:
+        threads, shape, name = place
+        values = [found.get((*place, count), "-") for count in counts]
+        cells.append([str(threads), "x".join(map(str, shape)), name.removeprefix("fewbits "), *values])
     return heads, cells
+
+
+def _against_peers(row: dict) -> str:
+    width = row["product"].removeprefix("fewbits ").removesuffix(", 8-bit inputs")
+    ratios = [row["times_as_fast_as"].get(peer) for peer in (f"torch int4 {width}", f"onnxruntime {width}", "torch bfloat16")]
+    return " / ".join([f"{row['milliseconds'][0]:.2f}", *("-" if ratio is None else f"{ratio[0]:.2f}" for ratio in ratios)])
+
+
+def many_vectors(result: dict) -> tuple[list[str], list[list[str]]]:
+    """Of benchmarks/prompt_products.py: weights down, vectors across, for the first shape and as many threads as there were."""
+    shape, threads = result["products"][0]["shape"], max(one["threads"] for one in result["products"])
+    here = {one["vectors"]: one["table"] for one in result["products"] if (one["shape"], one["threads"]) == (shape, threads)}
+    heads = [f"{shape}, {threads} threads", *(f"{vectors} vectors" for vectors in here)]
+    names = dict.fromkeys(name for rows in here.values() for name in rows)
+    return heads, [[name, *(_speed(rows.get(name, {})) for rows in here.values())] for name in names]
+
+
+def whole_model(result: dict) -> tuple[list[str], list[list[str]]]:
+    """Of benchmarks/whole_model.py."""
+    heads = ["", "MB a token", "tokens a second", "prompt tokens a second", "fewbits times as fast", "of a prompt"]
+    cells = []
+    for name, row in result["models"].items():
+        speeds = [row[f"{key}_tokens_per_second"]["median"] for key in ("decode", "prefill")]
+        ratios = [f"{row['fewbits_times_as_fast'][key]:.2f}" for key in ("decode", "prefill")]
+        cells.append([name, f"{row['bytes_read'] / 1e6:.0f}", f"{speeds[0]:.1f}", f"{speeds[1]:.0f}", *ratios])
+    return heads, cells
+
+
+def _speed(row: dict) -> str:
+    if "giga_operations" not in row:
+        return "-"
+    return f"{row['giga_operations']['median']:.0f} ({row['times_torch_bfloat16']['median']:.2f})"
 
 
 def _quartiles(values: list[float]) -> str:

@@ -11,7 +11,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from product_tables import products
+from product_tables import many_vectors, products, whole_model
 
 ROOT = Path(__file__).parents[1]
 BASELINES = ("gptq", "rtn", "kivi")  # whose curves stand beside the other methods of their folder
@@ -26,6 +26,10 @@ def table(path: Path) -> str:
     if path.is_dir():
         return reproduced(path)
     result = json.loads(path.read_text())
+    if "products" in result:
+        return _markdown(*many_vectors(result))
+    if "models" in result:
+        return _markdown(*whole_model(result))
     rows = result["rows"]
     if "vectors" in rows[0]:
         return "\n".join(_markdown(*one) for one in products(result))
