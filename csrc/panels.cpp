@@ -1,34 +1,18 @@
 #include "panels.h"
 
 #include <algorithm>
-#include <memory>
 
+#include "room.h"
 #include "threads.h"
 
 namespace fewbits {
 namespace {
 
-// Memory of a calling thread that is kept from one product to the next, aligned to lines of the cache.
-class Lines {
- public:
-  uint8_t* bytes(int64_t count) {
-    if (count + 64 > size_) {
-      memory_.reset();  // before the new one is asked for
-      memory_.reset(new uint8_t[static_cast<size_t>(count + 64)]);
-      size_ = count + 64;
-    }
-    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    return memory_.get() + (64 - address % 64) % 64;
-  }
-
- private:
-  std::unique_ptr<uint8_t[]> memory_;
-  int64_t size_ = 0;
-};
-
 constexpr int64_t most_vectors = 576;  // of a task: more sums than theirs leave no room in the second cache
 
-thread_local Lines prepared_lines, scratch_lines;
+thread_local Room prepared_room, scratch_room;
+
+uint8_t* bytes_of(Room& room, int64_t count) { return reinterpret_cast<uint8_t*>(room.floats((count + 3) / 4)); }
 
 int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -52,7 +36,7 @@ bool multiply_in_panels(const Kernels& kernels, const Product& product, int thre
   const int64_t wanted = std::min(ceiling(4 * threads, runs), std::max<int64_t>(tiles / 4, 1));
   const int64_t part = std::min(ceiling(tiles, threads == 1 ? 1 : wanted), most_vectors / panels->tile);
   const int64_t each = ceiling(panels->scratch_bytes(product, part), 64) * 64;
-  Job job{*panels, product, prepared_lines.bytes(panels->prepared_bytes(product)), scratch_lines.bytes(each * threads), each, tiles, part, runs};
+  Job job{*panels, product, bytes_of(prepared_room, panels->prepared_bytes(product)), bytes_of(scratch_room, each * threads), each, tiles, part, runs};
   const auto prepare = [](void* context, int64_t tile, int) {
     const Job& job = *static_cast<Job*>(context);
     job.panels.prepare(job.product, tile, job.prepared);
