@@ -29,8 +29,7 @@ from fewbits.export.checkpoint import write_checkpoint
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels.native import Rooms
 from fewbits.layers.linear import CompressedLinear, StoredLinear
-from fewbits.models.decoder_steps import step_natively
-from fewbits.models.packed_attention import attend_natively
+from fewbits.models.natively import compute_natively
 from fewbits.models.source import open_model
 
 SHAPE = {"vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 32}
@@ -130,8 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ours = random_model(getattr(torch, arguments.dtype))
-    attend_natively(ours)  # as in a compressed folder that is loaded
-    step_natively(ours)
+    compute_natively(ours)  # as in a compressed folder that is loaded
     if arguments.write is not None:
         write(arguments.write, ours)
         return

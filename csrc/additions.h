@@ -58,6 +58,44 @@ static inline __attribute__((always_inline)) void put_four(const Product& produc
   for (int64_t r = 0; r < count; ++r) put_number(product.outputs, row + r, product.number, found[r]);
 }
 
+typedef uint16_t Halves __attribute__((vector_size(2 * lanes)));
+typedef uint32_t Wholes __attribute__((vector_size(4 * lanes)));
+
+static inline Floats load_bf16(const uint8_t* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return reinterpret_cast<Floats>(__builtin_convertvector(halves, Wholes) << 16);
+}
+
+// One vector and bfloat16: rows by fours, from where they are.
+static void multiply_bf16_once(const Product& product, const float* inputs, int64_t first, int64_t last) {
+  const Coded& w = *product.matrix;
+  const int64_t bytes = 2 * w.columns, whole = w.columns / lanes * lanes;
+  const int64_t ahead = least(rounded_up(1 << 14, bytes), 64 * bytes);
+  for (int64_t row = first; row < last; row += 4) {
+    const int64_t few = least(4, last - row);
+    const uint8_t* weights[4];
+    for (int64_t r = 0; r < 4; ++r) weights[r] = w.codes + (row + least(r, few - 1)) * bytes;
+    Floats sums[4] = {zeros(), zeros(), zeros(), zeros()};
+    for (int64_t c = 0; c < whole; c += lanes) {
+      const Floats input = load(inputs + c);
+      const bool line = c % 32 == 0;
+      for (int r = 0; r < 4; ++r) {
+        if (line) __builtin_prefetch(weights[r] + 2 * c + ahead, 0, 2);
+        sums[r] = multiply_add(load_bf16(weights[r] + 2 * c), input, sums[r]);
+      }
+    }
+    if (whole < w.columns) {
+      for (int r = 0; r < 4; ++r) {
+        uint8_t rest[2 * lanes] = {};
+        std::memcpy(rest, weights[r] + 2 * whole, static_cast<size_t>(2 * (w.columns - whole)));
+        sums[r] = multiply_add(load_bf16(rest), load(inputs + whole), sums[r]);
+      }
+    }
+    put_four(product, row, few, sums);
+  }
+}
+
 // One vector: rows by fours, short ones many at a time into the scratch, long ones a piece at a time.
 static void multiply_plain_once(const Product& product, const float* inputs, int64_t first, int64_t last, float* scratch) {
   const Coded& w = *product.matrix;
@@ -87,6 +125,7 @@ static void multiply_plain_once(const Product& product, const float* inputs, int
 }
 
 static void multiply_plain(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  if (product.vectors == 1 && product.matrix->number == Number::bf16) return multiply_bf16_once(product, prepared, first, last);
   if (product.vectors == 1) return multiply_plain_once(product, prepared, first, last, scratch);
   const Coded& w = *product.matrix;
   const int64_t rows = slab_rows(w), whole = w.columns / lanes * lanes, padded = padded_columns(w), bytes = w.columns * (w.number == Number::f32 ? 4 : 2);

@@ -67,7 +67,7 @@ def many_vectors(result: dict) -> tuple[list[str], list[list[str]]]:
 
 def whole_model(result: dict) -> tuple[list[str], list[list[str]]]:
     """Of benchmarks/whole_model.py."""
-    heads = ["", "MB a token", "tokens a second", "prompt tokens a second", "fewbits times as fast", "of a prompt"]
+    heads = ["", "MB a token", "tokens a second", "prompt tokens a second", "fewbits times as fast: new tokens", "prompt"]
     cells = []
     for name, row in result["models"].items():
         speeds = [row[f"{key}_tokens_per_second"]["median"] for key in ("decode", "prefill")]

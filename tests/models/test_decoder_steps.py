@@ -38,8 +38,8 @@ from fewbits.models.packed_attention import attend_natively
 
 # Of the largest logit. Means of squares are added up in another order and exponentials are within two units in the last place, so that
 # float32 numbers differ by a few of 2**-24; numbers of 16 bits are rounded where the layer rounds them, and one in thousands rounds to
-# its other neighbour.
-STEP_LIMIT = {torch.float32: 2e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+# its other neighbour. From five vectors on the layer's own products may round weights to bfloat16, which a step's do not.
+STEP_LIMIT = {torch.float32: 2e-5, torch.float16: 2**-9, torch.bfloat16: 2**-5}
 SIZES = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
 SIZES |= {"num_key_value_heads": 2, "initializer_range": 0.2, "max_position_embeddings": 128, "head_dim": 24}
 KINDS = {
@@ -126,8 +126,9 @@ def test_steps_are_those_of_the_layers_own_forward(kind, dtype):
     assert "decoder_step" not in ran and ran["multiply"] > 0
     assert step_natively(model) == 2
     found, ran = run(lambda: logits(model, padding=3))
-    few = sum(2 * size <= FEW_TOKENS for size in PIECES)  # of two sequences; of the others 20 tokens are so many that weights are decoded
-    assert ran == {"decoder_step": 2 * few, "decoder_layer": 2 * (len(PIECES) - few), "multiply": 14}
+    few = sum(2 * size <= FEW_TOKENS for size in PIECES)  # of two sequences; of the others 20 tokens are many, which not all processors take
+    others = 14 * (1 + native.takes_many(native.chosen(), dtype))
+    assert ran == {"decoder_step": 2 * few, "decoder_layer": 2 * (len(PIECES) - few), "multiply": others}
     assert_close(found, expected)
     other = compressed(kind, dtype, lambda weight: (Uniform.between_extremes(weight, bits=6, group_size=16),))
     step_natively(other)

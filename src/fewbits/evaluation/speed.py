@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from fewbits.core.record import peak_memory, resident_memory, restart_peak_memory
 from fewbits.core.tensor import CompressedTensor
@@ -19,15 +18,14 @@ from fewbits.formats.dense import Dense as DenseTerm
 from fewbits.kernels import native
 from fewbits.layers.embedding import CompressedEmbedding, TiedHead
 from fewbits.layers.linear import CompressedLinear, StoredLinear
-from fewbits.models.decoder_steps import step_by_itself
 from fewbits.models.hf_cache import cache_keyword
-from fewbits.models.packed_attention import attend_by_itself
+from fewbits.models.natively import compute_by_itself
 
 ROWS = (1, 4, 16, 32, 128)  # vectors that a layer is multiplied with at once, where layers are timed alone
 
 
 def densified(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """A copy of `model` whose compressed layers are dense ones with the weights that they stand for, in `dtype`, attending by torch."""
+    """A copy of `model` whose compressed layers are dense ones with the weights that they stand for, in `dtype`; torch computes."""
 
     def dense_table(layer: CompressedEmbedding) -> CompressedEmbedding:
         values = DenseTerm(layer.stored.weight.decode(dtype))
@@ -45,9 +43,7 @@ def densified(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Modul
     replaced: dict[int, Any] = {id(module): dense(module) for module in model.modules() if isinstance(module, CompressedLinear)}
     replaced |= {id(module): dense_table(module) for module in model.modules() if isinstance(module, CompressedEmbedding)}
     made = copy.deepcopy(model, replaced).to(dtype).eval()
-    step_by_itself(made)
-    if isinstance(made, PreTrainedModel):
-        attend_by_itself(made)
+    compute_by_itself(made)
     return made
 
 

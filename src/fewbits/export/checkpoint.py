@@ -18,8 +18,7 @@ from fewbits.export.stack import Stack, describe_stack, memory_in_bytes, shorten
 from fewbits.kernels.native import Rooms
 from fewbits.layers.linear import CompressedLayer, CompressedLinear, StoredLinear
 from fewbits.models.adapter import Adapter
-from fewbits.models.decoder_steps import step_natively
-from fewbits.models.packed_attention import attend_natively
+from fewbits.models.natively import compute_natively
 from fewbits.models.source import ModelSource, open_model
 from fewbits.models.vocabulary import place_compressed
 
@@ -189,8 +188,7 @@ def _put_together(source: ModelSource, layers: Iterable[tuple[str, StoredLinear]
         place_compressed(shell, name, stored, dtype)
     source.load_module(shell, "", dtype)
     shell.tie_weights()
-    attend_natively(shell)  # torch's own takes as long for one token of bfloat16 as all linears do
-    step_natively(shell)
+    compute_natively(shell)
     return shell
 
 

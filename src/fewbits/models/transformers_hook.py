@@ -12,9 +12,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from fewbits.core.errors import InputError
 from fewbits.kernels.native import Rooms
 from fewbits.layers.linear import CompressedLayer, CompressedLinear
-from fewbits.models.decoder_steps import step_natively
 from fewbits.models.experts import separate_experts
-from fewbits.models.packed_attention import attend_natively
+from fewbits.models.natively import compute_natively
 from fewbits.models.vocabulary import place_compressed
 
 
@@ -53,6 +52,5 @@ class FewbitsQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, CompressedLayer):
                 module.settle(rooms)
-        attend_natively(model)
-        step_natively(model)
+        compute_natively(model)
         return model
