@@ -126,7 +126,9 @@ def test_steps_are_those_of_the_layers_own_forward(kind, dtype):
     assert "decoder_step" not in ran and ran["multiply"] > 0
     assert step_natively(model) == 2
     found, ran = run(lambda: logits(model, padding=3))
-    few = sum(2 * size <= FEW_TOKENS for size in PIECES)  # of two sequences; of the others 20 tokens are many, which not all processors take
+    few = sum(
+        2 * size <= FEW_TOKENS for size in PIECES
+    )  # of two sequences; of the others 20 tokens are many, which not all processors take
     others = 14 * (1 + native.takes_many(native.chosen(), dtype))
     assert ran == {"decoder_step": 2 * few, "decoder_layer": 2 * (len(PIECES) - few), "multiply": others}
     assert_close(found, expected)

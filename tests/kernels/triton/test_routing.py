@@ -85,6 +85,7 @@ def test_the_definition_serves_where_no_kernel_does(on_gpu, monkeypatch):
 
 
 def test_a_compiled_layer_is_one_graph_and_runs_the_kernels(on_gpu):
+    torch._dynamo.reset()  # other tests' layers count among the forms that are compiled
     layer = CompressedLinear(StoredLinear(CompressedTensor((term(),))), torch.randn(12))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

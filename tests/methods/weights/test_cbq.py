@@ -197,7 +197,7 @@ def test_values_out_of_range_are_named():
 @pytest.mark.slow
 def test_windows_that_overlap_lose_less_than_single_blocks(tmp_path):
     """The claim of the paper, at equal steps for each block: a block of two overlapping windows is trained twice."""
-    calibration, heldout = fewbits.TextSample(count=12, length=64), fewbits.TextSample("builtin:heldout", 24, 64)
+    calibration, heldout = fewbits.TextSample(count=24, length=64), fewbits.TextSample("builtin:heldout", 24, 64)
     found = {}
     method = Cbq(bits=2, steps=16)
     for name, one in {"cross": method, "single": replace(method, window=1, overlap=0, steps=32)}.items():
