@@ -38,6 +38,7 @@ from fewbits.formats.ternary import Ternary
 from fewbits.formats.transposed import Transposed
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
+from fewbits.kernels.layout import plain
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 
 SHAPES, VECTORS, GROUP = ("4096x4096", "11008x4096", "4096x11008"), (1, 8, 32), 128
@@ -64,6 +65,17 @@ def wide_codebook(rows: int, columns: int, bits: int, ends: tuple[int, ...] = ()
     scales = None if ends else torch.rand(rows, columns // 64).half()
     levels = torch.randn(max(1, len(ends)), 1, 2**bits).half()
     return Codebook(some_codes(rows, columns * bits // 8), levels, scales, rows, columns, bits, columns if ends else 64, ends)
+
+
+def symmetric(rows: int, columns: int, bits: int, group: int) -> Uniform:
+    return Uniform(some_codes(rows, columns * bits // 8), torch.rand(rows, columns // group).half(), None, rows, columns, bits, group)
+
+
+def torch_int4(rows: int, columns: int, group: int) -> tuple[int, Product]:
+    """torch's own product of 4 bits: bytes of its weights, and the product."""
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(16, (rows, columns), dtype=torch.int32), 1)
+    grid = torch.rand(columns // group, rows, 2).bfloat16()
+    return packed.nbytes + grid.nbytes, lambda inputs: torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, packed, group, grid)
 
 
 def random_ternary(rows: int, columns: int) -> Ternary:
@@ -96,6 +108,17 @@ def settled(term: Term, rooms: native.Rooms) -> Term:
 
 
 @contextmanager
+def digits_of_inputs(digits: str | None) -> Iterator[None]:
+    """Kernels that compute in fixed point round inputs to so many bytes; to as many as they do where nothing is asked for with None."""
+    if digits is not None:
+        os.environ["FEWBITS_INPUT_DIGITS"] = digits
+    try:
+        yield
+    finally:
+        os.environ.pop("FEWBITS_INPUT_DIGITS", None)
+
+
+@contextmanager
 def in_line(first: bool) -> Iterator[None]:
     """All threads of this process before those of others, for a moment."""
     policies = (os.SCHED_FIFO, os.SCHED_OTHER) if first else ()
@@ -113,7 +136,7 @@ def _schedule(policy: int) -> None:
         os.sched_setscheduler(int(task), policy, os.sched_param(int(policy == os.SCHED_FIFO)))
 
 
-def _waited() -> int:
+def waiting() -> int:
     """Nanoseconds that the threads of this process have waited for a core; 0 where the system does not tell."""
     try:
         return sum(int(Path(f"/proc/self/task/{task}/schedstat").read_text().split()[1]) for task in os.listdir("/proc/self/task"))
@@ -136,6 +159,10 @@ def candidates(rows: int, columns: int) -> dict[str, list[tuple[int, Product]]]:
             (w.nbytes, lambda inputs, w=w: torch.nn.functional.linear(inputs.to(w.dtype), w)) for w in dense
         ]
 
+    rooms = native.Rooms()
+    heads = [rooms.moved(torch.randn(rows, columns).bfloat16()) for _ in range(2)]
+    found["bfloat16, by the kernel"] = [(w.nbytes, lambda inputs, w=w: dispatch.multiply(plain(w), inputs)) for w in heads]
+
     def of(make: Callable[[], Term], bits: int) -> list[Term]:
         return [make() for _ in range(max(2, APART // (rows * columns * bits // 8)))]
 
@@ -152,7 +179,6 @@ def candidates(rows: int, columns: int) -> dict[str, list[tuple[int, Product]]]:
     terms["codebook 4 bit, one a run of rows"] = of(
         lambda: wide_codebook(rows, columns, 4, tuple(range(rows // 8, rows + 1, rows // 8))), 4
     )
-    rooms = native.Rooms()
     for name, copies in terms.items():
         copies[:] = [settled(term, rooms) for term in copies]
         found[name] = [(sum(tensor.nbytes for tensor in term.tensors().values()), term.matmul) for term in copies]
@@ -193,11 +219,11 @@ def burst(
 
     with in_line(first):
         native.read_pass(memory[: 2**20])  # the threads are awake
-        waited = _waited()
+        waited = waiting()
         before = read()
         taken = seconds(lambda: [copies[i % len(copies)][1](inputs) for i in range(count)]) / count
         after = read()
-        lost = _waited() - waited > _MAY_WAIT * count * (before + taken + after) * 1e9
+        lost = waiting() - waited > _MAY_WAIT * count * (before + taken + after) * 1e9
     return None if lost or max(before, after) > 1.4 * min(before, after) else (taken, (before + after) / 2)
 
 

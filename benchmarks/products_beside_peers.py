@@ -16,7 +16,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import native_matvec as bursts
@@ -27,7 +26,6 @@ import torch
 from onnx import helper, numpy_helper
 
 from fewbits.core.tensor import CompressedTensor
-from fewbits.formats.uniform import Uniform
 from fewbits.kernels import native
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 
@@ -36,17 +34,9 @@ WIDTHS = ((4, 32), (4, 128), (2, 128), (8, 32))  # bits and columns of a group
 
 
 def ours(rows: int, columns: int, width: tuple[int, int], rooms: native.Rooms) -> tuple[int, Product]:
-    bits, group = width
-    codes = bursts.some_codes(rows, columns * bits // 8)
-    term = Uniform(codes, torch.rand(rows, columns // group).half(), None, rows, columns, bits, group)
+    term = bursts.symmetric(rows, columns, *width)
     layer = CompressedLinear(StoredLinear(CompressedTensor((term,)))).settle(rooms)
     return sum(tensor.nbytes for tensor in term.tensors().values()), layer
-
-
-def torch_int4(rows: int, columns: int, width: tuple[int, int]) -> tuple[int, Product]:
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(16, (rows, columns), dtype=torch.int32), 1)
-    grid = torch.rand(columns // width[1], rows, 2).bfloat16()
-    return packed.nbytes + grid.nbytes, lambda inputs: torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, packed, width[1], grid)
 
 
 def onnx_bits(rows: int, columns: int, width: tuple[int, int], vectors: int) -> tuple[int, Product]:
@@ -79,16 +69,6 @@ def onnx_bits(rows: int, columns: int, width: tuple[int, int], vectors: int) -> 
     return codes.nbytes + scales.nbytes, product
 
 
-@contextmanager
-def digits_of_inputs(digits: str | None):
-    if digits is not None:
-        os.environ["FEWBITS_INPUT_DIGITS"] = digits
-    try:
-        yield
-    finally:
-        os.environ.pop("FEWBITS_INPUT_DIGITS", None)
-
-
 def competitors(rows: int, columns: int, vectors: int) -> dict[str, tuple[list[tuple[int, Product]], torch.Tensor, str | None]]:
     """Name to copies, inputs and how many digits ours have."""
     exact, wide, rooms = torch.randn(vectors, columns).bfloat16(), torch.randn(vectors, columns), native.Rooms()
@@ -104,7 +84,7 @@ def competitors(rows: int, columns: int, vectors: int) -> dict[str, tuple[list[t
         found[f"fewbits {name}"] = (mine, exact, None)
         found[f"fewbits {name}, 8-bit inputs"] = (mine, exact, "1")
         if width[0] == 4:
-            found[f"torch int4 {name}"] = (copies(lambda width=width: torch_int4(rows, columns, width)), exact, None)
+            found[f"torch int4 {name}"] = (copies(lambda width=width: bursts.torch_int4(rows, columns, width[1])), exact, None)
         found[f"onnxruntime {name}"] = (copies(lambda width=width: onnx_bits(rows, columns, width, vectors)), wide, None)
     dense = copies(lambda: (2 * rows * columns, torch.nn.Linear(columns, rows, bias=False, dtype=torch.bfloat16)))
     return found | {"torch bfloat16": (dense, exact, None)}
@@ -117,7 +97,7 @@ def measure(rows: int, columns: int, vectors: int, arguments: argparse.Namespace
     counts = {}
     for turn in range(arguments.rounds + 1):
         for name, (copies, inputs, digits) in products.items():
-            with digits_of_inputs(digits):
+            with bursts.digits_of_inputs(digits):
                 if turn == 0:
                     counts[name] = bursts.count_of(copies, inputs)
                     continue

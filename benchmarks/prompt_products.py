@@ -11,17 +11,15 @@ torch's dense product in the same round. A sample is dropped where a thread wait
 
 import argparse
 import json
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from native_matvec import _waited, in_line, random_codebook, seconds, settled, some_codes
+from native_matvec import digits_of_inputs, in_line, random_codebook, seconds, settled, symmetric, torch_int4, waiting
 
 from fewbits.core.record import versions
 from fewbits.evaluation.speed import quartiles
-from fewbits.formats.uniform import Uniform
 from fewbits.kernels import native
 
 SHAPES, VECTORS = ("4096x4096", "11008x4096", "2048x5632"), (4, 16, 128, 512)
@@ -29,26 +27,15 @@ DENSE, PACKED = "torch, bfloat16", "torch, 4 bit in groups of 32"
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
-def uniform(rows: int, columns: int, bits: int, group: int) -> Uniform:
-    scales = torch.rand(rows, columns // group).half()
-    return Uniform(some_codes(rows, columns * bits // 8), scales, None, rows, columns, bits, group)
-
-
-def torchs_own(rows: int, columns: int) -> Product:
-    codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.randint(16, (rows, columns), dtype=torch.int32), 1)
-    grid = torch.rand(columns // 32, rows, 2).bfloat16()
-    return lambda inputs: torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, codes, 32, grid)
-
-
 def candidates(rows: int, columns: int) -> dict[str, list[Product]]:
     """Name to two copies or more, which take turns."""
     dense = [torch.randn(rows, columns).bfloat16() for _ in range(2)]
     found: dict[str, list[Product]] = {DENSE: [lambda inputs, w=w: torch.nn.functional.linear(inputs, w) for w in dense]}
-    found[PACKED] = [torchs_own(rows, columns) for _ in range(4)]
+    found[PACKED] = [torch_int4(rows, columns, 32)[1] for _ in range(4)]
     makers = {
-        "4 bit in groups of 32": lambda: uniform(rows, columns, 4, 32),
-        "4 bit in groups of 128": lambda: uniform(rows, columns, 4, 128),
-        "8 bit in groups of 128": lambda: uniform(rows, columns, 8, 128),
+        "4 bit in groups of 32": lambda: symmetric(rows, columns, 4, 32),
+        "4 bit in groups of 128": lambda: symmetric(rows, columns, 4, 128),
+        "8 bit in groups of 128": lambda: symmetric(rows, columns, 8, 128),
         "codebook, 4 bit": lambda: random_codebook(rows, columns, False),
     }
     rooms = native.Rooms()
@@ -61,11 +48,8 @@ def candidates(rows: int, columns: int) -> dict[str, list[Product]]:
 
 
 def with_bytes(product: Product, inputs: torch.Tensor) -> torch.Tensor:
-    os.environ["FEWBITS_INPUT_DIGITS"] = "1"
-    try:
+    with digits_of_inputs("1"):
         return product(inputs)
-    finally:
-        del os.environ["FEWBITS_INPUT_DIGITS"]
 
 
 def measure(products: dict[str, list[Product]], inputs: torch.Tensor, rounds: int, first: bool) -> dict[str, list[float | None]]:
@@ -75,9 +59,9 @@ def measure(products: dict[str, list[Product]], inputs: torch.Tensor, rounds: in
         for name, copies in products.items():
             with in_line(first):
                 copies[turn % len(copies)](inputs[:1])  # the threads are awake
-                waited = _waited()
+                waited = waiting()
                 taken = seconds(lambda copies=copies, turn=turn: copies[turn % len(copies)](inputs))
-                lost = _waited() - waited > 0.01 * taken * 1e9
+                lost = waiting() - waited > 0.01 * taken * 1e9
             if turn > 0:
                 found[name].append(None if lost else taken)
     return found

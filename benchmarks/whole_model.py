@@ -10,13 +10,13 @@ numbers, in a Python that has llama-cpp-python, in the same rounds: `--write FOL
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
+from native_matvec import digits_of_inputs
 from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -68,11 +68,8 @@ class WithDigits(nn.Module):
         self.model, self.digits = model, digits
 
     def forward(self, *arguments: object, **named: object) -> object:
-        os.environ["FEWBITS_INPUT_DIGITS"] = str(self.digits)
-        try:
+        with digits_of_inputs(str(self.digits)):
             return self.model(*arguments, **named)
-        finally:
-            del os.environ["FEWBITS_INPUT_DIGITS"]
 
 
 def write(folder: Path, model: nn.Module) -> None:

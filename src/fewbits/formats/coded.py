@@ -40,22 +40,23 @@ def multiply_terms(terms: tuple[Term, ...], inputs: Tensor) -> Tensor | None:
     return None if found is None else found[0]
 
 
-_KEPT: weakref.WeakKeyDictionary[Term, tuple[tuple[Term, ...], Description]] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[Term, tuple[tuple[Term, ...], Description | None]] = weakref.WeakKeyDictionary()
 
 
 def _described_sum(terms: tuple[Term, ...]) -> Description | None:
-    """How kernels are told of a sum, kept beside its first term as long as that lives: terms never change."""
+    """How kernels are told of a sum, kept beside its first term as long as that lives: terms never change.
+
+    A sum of which a number is made anew for kernels is described anew each time; that it is such a one is kept.
+    """
     if torch.compiler.is_compiling():
         return sums.describe_sum(describe_terms(terms))
     kept = _KEPT.get(terms[0])
     if kept is not None and len(kept[0]) + 1 == len(terms) and all(map(operator.is_, kept[0], terms[1:])):
-        return kept[1]
+        return kept[1] or sums.describe_sum(describe_terms(terms))
     found = describe_lasting(terms)
-    if found is None:
-        return sums.describe_sum(describe_terms(terms))
     if not any(one is terms[0] for one in terms[1:]):
         _KEPT[terms[0]] = terms[1:], found
-    return found
+    return found or sums.describe_sum(describe_terms(terms))
 
 
 def describe_lasting(terms: tuple[Term, ...], biases: Sequence[Tensor] = ()) -> Description | None:

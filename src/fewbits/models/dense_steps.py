@@ -1,5 +1,5 @@
 """Dense linear layers of 16 bits in compressed models, such as heads: one vector is multiplied by the native kernel, which reads their
-weight twice as fast as torch does.
+weight faster than torch does.
 
 A layer that is taken becomes one of the class below, whose forward leaves everything else to its own. Names, parameters and what is
 saved stay.
