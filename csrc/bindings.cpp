@@ -41,6 +41,13 @@ void multiply(const std::string& isa, const std::vector<int64_t>& layout, const 
 
 bool takes_many(const std::string& isa, int64_t number) { return fewbits::takes_many(fewbits::find_kernels(isa), to_number(number)); }
 
+bool reads_lines(const std::string& isa, const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers) {
+  Reader reader(layout, buffers);
+  const Coded& matrix = reader.read_whole();
+  const fewbits::Kernels& kernels = fewbits::find_kernels(isa);
+  return matrix.lines && kernels.reads_lines != nullptr && kernels.reads_lines(matrix);
+}
+
 void decode(const std::string& isa, const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers, int64_t first, int64_t last,
             uint64_t outputs, int64_t number, int threads) {
   Reader reader(layout, buffers);
@@ -207,6 +214,7 @@ NB_MODULE(_native, module) {
   module.def("multiply", &multiply, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("inputs"), nb::arg("outputs"), nb::arg("vectors"),
              nb::arg("number"), nb::arg("threads"), nb::arg("digits") = 3, "outputs [vectors, rows] = inputs [vectors, columns] times the matrix, transposed.");
   module.def("takes_many", &takes_many, nb::arg("isa"), nb::arg("number"), "Whether codes are multiplied with any number of vectors of a type.");
+  module.def("reads_lines", &reads_lines, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), "Whether codes that lie in lines are read as they are.");
   module.def("decode", &decode, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("first"), nb::arg("last"), nb::arg("outputs"),
              nb::arg("number"), nb::arg("threads"), "Rows first to last of the matrix, dense.");
   module.def("attend", &attend, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("scale"), nb::arg("threads"),

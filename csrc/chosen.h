@@ -12,6 +12,9 @@
 #include "fixed.h"
 #include "ternary.h"
 #endif
+#ifdef FEWBITS_LINES
+#include "avx512vnni/lines.h"
+#endif
 
 namespace fewbits {
 namespace FEWBITS_ISA {
@@ -23,6 +26,9 @@ static int64_t prepared_floats(const Product& product) {
   if (w.form == Coded::signed_product) return signed_product::prepared_floats(product);
   if (w.form == Coded::mixed) return mixed_groups::prepared_floats(product);
   if (w.form != Coded::packed) return additions::prepared_floats(product);
+#ifdef FEWBITS_LINES
+  if (lines::serves(w)) return lines::prepared_floats(product);
+#endif
 #ifdef FEWBITS_FIXED
   if (ternary::serves(w)) return ternary::prepared_floats(w, ternary::make_plan(w, product.vectors, product.digits));
   fixed::Plan plan;
@@ -37,6 +43,9 @@ static void prepare(const Product& product, int64_t vector, float* room) {
   if (w.form == Coded::signed_product) return signed_product::prepare(product, vector, room);
   if (w.form == Coded::mixed) return mixed_groups::prepare(product, vector, room);
   if (w.form != Coded::packed) return additions::prepare(product, vector, room);
+#ifdef FEWBITS_LINES
+  if (lines::serves(w)) return lines::prepare(product, vector, room);
+#endif
 #ifdef FEWBITS_FIXED
   if (ternary::serves(w)) return ternary::prepare(product, ternary::make_plan(w, product.vectors, product.digits), vector, room);
   fixed::Plan plan;
@@ -45,13 +54,22 @@ static void prepare(const Product& product, int64_t vector, float* room) {
   FEWBITS_ISA::prepare(product, vector, room);
 }
 
+// Bytes of sixteen rows of what may lie in lines.
+static int64_t bytes_of_lines(const Values& values, int bits) { return values.lines ? rounded_up(line_rows * row_bytes_of(values, bits), 64) : 0; }
+static int64_t bytes_of_lines(const Coded& w) {
+  return w.lines ? rounded_up(line_rows * w.row_bytes, 64) + bytes_of_lines(w.scales, w.bits) + bytes_of_lines(w.zeros, w.bits) : 0;
+}
+
 // For products and for decoding.
 static int64_t scratch_floats(const Coded& w, int64_t vectors) {
   if (w.form == Coded::vectors) return vectors::scratch_floats(w);
   if (w.form == Coded::signed_product) return signed_product::scratch_floats(w, vectors);
   if (w.form == Coded::mixed) return mixed_groups::scratch_floats(w);
   if (w.form != Coded::packed) return additions::scratch_floats(w);
-  const int64_t floats = FEWBITS_ISA::scratch_floats(w, vectors);
+  const int64_t floats = FEWBITS_ISA::scratch_floats(w, vectors) + bytes_of_lines(w) / 4;
+#ifdef FEWBITS_LINES
+  if (lines::serves(w)) return floats + lines::scratch_floats(w);
+#endif
 #ifdef FEWBITS_FIXED
   if (ternary::serves(w)) return floats + ternary::scratch_floats(w);
   fixed::Plan plan;
@@ -60,12 +78,47 @@ static int64_t scratch_floats(const Coded& w, int64_t vectors) {
   return floats;
 }
 
+static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch);
+
+// Brings sixteen rows of what lies in lines into rows, in `room`; where row 0 would be.
+static const uint8_t* bring_into_rows(const void* lines, int64_t row_bytes, int64_t item, int64_t row, uint8_t*& room) {
+  const uint8_t* found = room - row * row_bytes;
+  for (int64_t r = 0; r < line_rows; ++r) take_from_lines(lines, row_bytes, item, row + r, room + r * row_bytes);
+  room += rounded_up(line_rows * row_bytes, 64);
+  return found;
+}
+
+// Products of what lies in lines that no kernel of these reads.
+static void multiply_from_lines(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  const Coded& w = *product.matrix;
+  for (int64_t row = first; row < last; row += line_rows) {
+    Coded rows = w;
+    rows.lines = false;
+    uint8_t* room = reinterpret_cast<uint8_t*>(scratch);
+    rows.codes = bring_into_rows(w.codes, w.row_bytes, 4, row, room);
+    rows.code_bytes = (row + line_rows) * w.row_bytes;
+    for (Values* values : {&rows.scales, &rows.zeros}) {
+      if (!values->lines) continue;
+      const int64_t item = values->kind == Values::packed ? 1 : values->number == Number::f32 ? 4 : 2;
+      values->data = bring_into_rows(values->data, row_bytes_of(*values, w.bits), item, row, room);
+      values->lines = false;
+    }
+    Product some = product;
+    some.matrix = &rows;
+    multiply(some, prepared, row, row + line_rows, reinterpret_cast<float*>(room));
+  }
+}
+
 static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
   const Coded& w = *product.matrix;
   if (w.form == Coded::vectors) return vectors::multiply(product, prepared, first, last, scratch);
   if (w.form == Coded::signed_product) return signed_product::multiply(product, prepared, first, last, scratch);
   if (w.form == Coded::mixed) return mixed_groups::multiply(product, prepared, first, last, scratch);
   if (w.form != Coded::packed) return additions::multiply(product, prepared, first, last, scratch);
+#ifdef FEWBITS_LINES
+  if (lines::serves(w)) return lines::multiply(product, prepared, first, last, scratch);
+#endif
+  if (w.lines) return multiply_from_lines(product, prepared, first, last, scratch);
 #ifdef FEWBITS_FIXED
   if (ternary::serves(w)) {
     return ternary::multiply(product, ternary::make_plan(w, product.vectors, product.digits), prepared, first, last, scratch);
@@ -79,7 +132,12 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
 }  // namespace chosen
 
 constexpr Kernels make_kernels(const char* name, const Panels* (*panels)(const Product&) = nullptr) {
-  return {name, chosen::prepared_floats, chosen::prepare, padded_vectors, chosen::scratch_floats, chosen::multiply, decode, feed_back, rotate, panels};
+#ifdef FEWBITS_LINES
+  bool (*reads)(const Coded&) = lines::serves;
+#else
+  bool (*reads)(const Coded&) = nullptr;
+#endif
+  return {name, chosen::prepared_floats, chosen::prepare, padded_vectors, chosen::scratch_floats, chosen::multiply, decode, feed_back, rotate, panels, reads};
 }
 
 }  // namespace FEWBITS_ISA

@@ -275,8 +275,7 @@ static int64_t scratch_floats(const Coded& w, const Plan& plan) {
 // Bytes of a row of scales or zero points.
 static inline int64_t grid_bytes(const Values& values, int bits) {
   if (values.rows == 1 || values.data == nullptr) return 0;  // one row for all
-  if (values.kind == Values::packed) return (values.columns * bits + 7) / 8;
-  return values.columns * (values.kind == Values::table ? 1 : values.number == Number::f32 ? 4 : 2);
+  return row_bytes_of(values, bits);
 }
 
 // Asks for the scales or zero points of rows that come later. Always inline: compilers take a function that only fetches for one

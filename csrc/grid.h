@@ -27,6 +27,7 @@ static int64_t decode_floats(const Coded& w);
 
 static int64_t values_floats(const Values& values) {
   if (values.kind == Values::coded) return decode_floats(*values.inner);
+  if (values.lines) return 2 * values.columns + 8;
   return values.kind == Values::packed ? rounded_up(values.columns, 8) / 4 + 2 : values.kind == Values::signs ? values.columns : 0;
 }
 
@@ -45,7 +46,7 @@ static void read_numbers(const void* data, int64_t at, Number number, int64_t co
 // Scratch that decode_row needs.
 static int64_t decode_floats(const Coded& w) {
   const int64_t inner = values_floats(w.scales), zero = values_floats(w.zeros);
-  return rounded_up(w.columns, 8) / 4 + 2 * (w.groups + lanes) + (int64_t{1} << w.bits) * (w.level_groups > 0 ? w.level_groups : 1) + (inner > zero ? inner : zero) + 2 * lanes;
+  return (w.lines ? w.row_bytes / 4 : 0) + rounded_up(w.columns, 8) / 4 + 2 * (w.groups + lanes) + (int64_t{1} << w.bits) * (w.level_groups > 0 ? w.level_groups : 1) + (inner > zero ? inner : zero) + 2 * lanes;
 }
 
 static void decode_row(const Coded& w, int64_t row, float* out, float* scratch);
@@ -56,8 +57,21 @@ static inline int64_t place_of(const Values& values, int64_t row) {
   return values.ends == nullptr ? row : std::upper_bound(values.ends, values.ends + values.rows, row) - values.ends;
 }
 
+// A row of what lies in lines, `item` bytes of each row at a time.
+static void take_from_lines(const void* data, int64_t row_bytes, int64_t item, int64_t row, uint8_t* to) {
+  const uint8_t* from = static_cast<const uint8_t*>(data) + row / line_rows * line_rows * row_bytes + row % line_rows * item;
+  for (int64_t at = 0; at < row_bytes; at += item) std::memcpy(to + at, from + at * line_rows, static_cast<size_t>(item));
+}
+
 // Row `row` of scales, zero points or levels as numbers; `bits` is the width of packed ones.
-static void read_values(const Values& values, int bits, int64_t row, float* out, float* scratch) {
+static void read_values(const Values& given, int bits, int64_t row, float* out, float* scratch) {
+  Values values = given;
+  if (given.lines) {
+    const int64_t bytes = row_bytes_of(given, bits);
+    take_from_lines(given.data, bytes, given.kind == Values::packed ? 1 : given.number == Number::f32 ? 4 : 2, row, reinterpret_cast<uint8_t*>(scratch));
+    values.data = scratch, values.rows = 1, values.lines = false;
+    scratch += values.columns + 2;
+  }
   const int64_t count = values.columns, at = place_of(values, row);
   if (values.kind == Values::coded) return decode_row(*values.inner, at, out, scratch);
   if (values.kind == Values::packed) {
@@ -71,7 +85,10 @@ static void read_values(const Values& values, int bits, int64_t row, float* out,
 }
 
 static void read_offsets(const Values& values, int64_t row, float* out) {
-  if (values.data != nullptr) read_numbers(values.data, values.rows == 1 ? 0 : row * values.columns, values.number, values.columns, out);
+  if (values.data == nullptr) return;
+  if (!values.lines) return read_numbers(values.data, values.rows == 1 ? 0 : row * values.columns, values.number, values.columns, out);
+  const int64_t first = row / line_rows * line_rows * values.columns + row % line_rows;
+  for (int64_t i = 0; i < values.columns; ++i) out[i] = number_at(values.data, first + i * line_rows, values.number);
 }
 
 // Scales of a row, and zero points times scales; what is past the last group is zero.
@@ -95,7 +112,16 @@ static void read_grid(const Coded& w, int64_t row, float* scales, float* shifts,
   }
 }
 
+// The codes of a row, in `room` where its words lie apart.
+static const uint8_t* codes_of_row(const Coded& w, int64_t row, uint8_t* room) {
+  if (!w.lines) return w.codes + row * w.row_bytes;
+  take_from_lines(w.codes, w.row_bytes, 4, row, room);
+  return room;
+}
+
 static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) {
+  const uint8_t* stored = codes_of_row(w, row, reinterpret_cast<uint8_t*>(scratch));
+  if (w.lines) scratch += w.row_bytes / 4;
   uint8_t* codes = reinterpret_cast<uint8_t*>(scratch);
   float* scales = scratch + rounded_up(w.columns, 8) / 4;
   float* zeros = scales + w.groups + lanes;
@@ -103,8 +129,8 @@ static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) 
   const int64_t book = int64_t{1} << w.bits;
   float* rest = levels + book * (w.level_groups > 0 ? w.level_groups : 1);
   const bool evenly = w.levels.kind == Values::none && w.zeros.kind != Values::signs, three = w.bits == base_three;
-  if (evenly && !three) codes_to_floats(w.codes + row * w.row_bytes, w.bits, w.columns, out, codes);
-  else unpack(w.codes + row * w.row_bytes, w.bits, w.columns, codes);
+  if (evenly && !three) codes_to_floats(stored, w.bits, w.columns, out, codes);
+  else unpack(stored, w.bits, w.columns, codes);
   if (three) for (int64_t c = 0; c < w.columns; ++c) out[c] = static_cast<float>(codes[c]);
   if (w.scales.kind != Values::none) read_values(w.scales, w.bits, row, scales, rest);
   if (w.levels.kind != Values::none) read_values(w.levels, w.bits, row, levels, rest);

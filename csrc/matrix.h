@@ -39,10 +39,20 @@ struct Values {
   const float* lookup = nullptr;
   const Coded* inner = nullptr;
   const int64_t* ends = nullptr;  // [rows], ascending: the row behind each run; nullptr where rows are not in runs
+  bool lines = false;             // sixteen rows at a time: number after number of each of them, or byte after byte where they are packed
 };
+
+// Bytes of a row of numbers; of packed ones of a width of `bits`.
+constexpr int64_t row_bytes_of(const Values& values, int bits) {
+  if (values.kind == Values::packed) return (values.columns * bits + 7) / 8;
+  return values.columns * (values.kind == Values::table ? 1 : values.number == Number::f32 ? 4 : 2);
+}
 
 // A matrix [rows, columns] of packed codes: value = (code - zero) * scale, or levels[code] * scale.
 // Every row is a little-endian bit stream that begins at a byte; `group` neighbouring columns share a scale.
+//
+// Where they are `lines`, the rows' words of 32 bits lie sixteen rows at a time: word 0 of each of them, then word 1 of each. So do
+// numbers that each row has for itself.
 //
 // Or, for what is added to such a matrix: numbers as they are in the place of the codes (`plain`), or the entries of compressed
 // sparse rows, their columns in `indices` and each row's beginning in `pointers` (`sparse`).
@@ -70,6 +80,7 @@ struct Coded {
   int wide_bits = 0;
   int64_t wide_groups = 0, wide_row_bytes = 0;
   bool transposed = false;
+  bool lines = false;
   const uint8_t* codes = nullptr;
   int64_t code_bytes = 0;
   int64_t row_bytes = 0;
@@ -109,9 +120,11 @@ struct Kernels {
   void (*feed_back)(const FeedBack&, int64_t row, int64_t count);  // at most feedback_rows rows
   void (*rotate)(const Rotation&, int64_t vector, float* scratch);  // which has room for two vectors
   const Panels* (*panels)(const Product&);                          // of many vectors; nullptr where there are none for such a one
+  bool (*reads_lines)(const Coded&);                                // as they are, what lies in lines; nullptr where nothing does
 };
 
 constexpr int64_t feedback_rows = 32;
+constexpr int64_t line_rows = 16;  // whose codes share a line of 64 bytes, where codes lie in lines
 constexpr int64_t chunk_rows = 32;  // rows of a matrix that a thread takes at a time
 
 }  // namespace fewbits

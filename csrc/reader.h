@@ -11,6 +11,7 @@
 namespace fewbits {
 
 constexpr int64_t largest = int64_t{1} << 40;
+constexpr int64_t in_lines = 6;  // in the place of a form: packed codes that lie in lines
 
 inline void require(bool right, const char* what) {
   if (!right) throw std::invalid_argument(what);
@@ -56,9 +57,15 @@ class Reader {
   }
 
  private:
-  // Numbers as they are, compressed sparse rows, codewords, a product with signs, or groups of two widths.
-  const Coded& read_other(Coded& matrix) {
-    matrix.form = static_cast<Coded::Form>(next(1, 5));
+  // Codes in lines, numbers as they are, compressed sparse rows, codewords, a product with signs, or groups of two widths.
+  const Coded& read_other(Coded& matrix, bool others) {
+    const int64_t form = next(others ? 1 : in_lines, in_lines);
+    if (form == in_lines) {
+      matrix.bits = static_cast<int>(next(1, base_three));
+      matrix.lines = true;
+      return read_packed(matrix, 0);
+    }
+    matrix.form = static_cast<Coded::Form>(form);
     if (matrix.form == Coded::mixed) return read_mixed(matrix);
     matrix.number = to_number(next(0, 2));
     require(matrix.columns <= largest / matrix.rows, "a matrix is too large");
@@ -134,17 +141,25 @@ class Reader {
     Coded& coded = made_.emplace_back();
     coded.rows = next(1, largest);
     coded.columns = next(1, largest);
-    coded.bits = static_cast<int>(next(depth == 0 && others ? 0 : 1, base_three));
-    if (coded.bits == 0) return read_other(coded);
+    coded.bits = static_cast<int>(next(depth == 0 ? 0 : 1, base_three));
+    return coded.bits == 0 ? read_other(coded, others) : read_packed(coded, depth);
+  }
+
+  const Coded& read_packed(Coded& coded, int depth) {
     coded.group = std::min(next(1, largest), coded.columns);
     coded.groups = (coded.columns + coded.group - 1) / coded.group;
     coded.row_bytes = packed_bytes(coded.columns, coded.bits);
     require(coded.row_bytes <= largest / coded.rows, "a matrix is too large");
+    require(!coded.lines || (coded.rows % line_rows == 0 && coded.row_bytes % 4 == 0), "lines need sixteen rows, of whole words");
     coded.code_bytes = coded.row_bytes * coded.rows;
     coded.codes = static_cast<const uint8_t*>(next_buffer(coded.code_bytes));
     coded.levels = read_values(coded, depth);
     coded.scales = read_values(coded, depth);
     coded.zeros = read_values(coded, depth);
+    for (Values* values : {&coded.scales, &coded.zeros}) {
+      const bool own = values->rows == coded.rows && values->ends == nullptr && values->data != nullptr;
+      values->lines = coded.lines && own && (values->kind == Values::dense || values->kind == Values::packed || values->kind == Values::signs);
+    }
     check(coded);
     return coded;
   }
@@ -213,7 +228,7 @@ class Reader {
     const int64_t count = values.rows * values.columns;
     if (values.kind == Values::dense || values.kind == Values::signs) values.data = next_buffer(count * size_of(values.number));
     else if (values.kind == Values::table) values.data = next_buffer(count);
-    else values.data = next_buffer(values.rows * ((values.columns * owner.bits + 7) / 8));
+    else values.data = next_buffer(values.rows * row_bytes_of(values, owner.bits));
     if (values.kind == Values::table) values.lookup = static_cast<const float*>(next_buffer(256 * 4));
     return values;
   }

@@ -24,7 +24,7 @@ bool same_layout(const Coded& a, const Coded& b) {
   if (&a == &b) return true;
   if (a.form != b.form || a.columns != b.columns) return false;
   if (a.form == Coded::plain || a.form == Coded::sparse) return true;
-  const bool packed = a.form == Coded::packed && a.bits == b.bits && a.group == b.group;
+  const bool packed = a.form == Coded::packed && a.bits == b.bits && a.group == b.group && a.lines == b.lines;
   return packed && a.levels.kind == b.levels.kind && a.level_groups == b.level_groups;
 }
 

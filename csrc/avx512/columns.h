@@ -1,6 +1,7 @@
 // Sixteen rows of a matrix side by side, a row a lane: codes, scales and zero points column by column. AVX-512 with BW, VL and DQ.
 #pragma once
 #include "../grid.h"
+#include "../panels.h"
 
 namespace fewbits {
 namespace FEWBITS_ISA {
@@ -57,15 +58,15 @@ static inline __attribute__((always_inline)) void transpose_long(__m512i* all) {
   }
 }
 
-// Words `[16, stride]` to `[count, panel_rows]`; `count` is a multiple of 16.
-static void transpose_words(const uint32_t* from, int64_t stride, int64_t count, uint32_t* to) {
+// Words `[16, stride]` to `[count, apart]`, the sixteen at the beginning of each; `count` is a multiple of 16.
+static void transpose_words(const uint32_t* from, int64_t stride, int64_t count, uint32_t* to, int64_t apart = panel_rows) {
   for (int64_t at = 0; at < count; at += 16) {
     __m512i all[16];
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r) all[r] = _mm512_loadu_si512(from + r * stride + at);
     transpose(all);
 #pragma GCC unroll 16
-    for (int c = 0; c < 16; ++c) _mm512_store_si512(to + (at + c) * panel_rows, all[c]);
+    for (int c = 0; c < 16; ++c) _mm512_store_si512(to + (at + c) * apart, all[c]);
   }
 }
 
@@ -80,8 +81,46 @@ struct PanelRows {
 
 static inline int64_t padded_groups(const Coded& w) { return rounded_up(w.groups, 16); }
 
-// Floats that `read_by_groups` needs.
-static inline int64_t groups_room(const Coded& w) { return 16 * padded_groups(w) + decode_floats(w); }
+// The numbers of a group that sixteen rows have, where they lie in lines.
+static inline __m512 sixteen_numbers(const void* data, int64_t group, Number number) {
+  if (number == Number::f32) return _mm512_loadu_ps(static_cast<const float*>(data) + 16 * group);
+  return few_numbers(static_cast<const uint16_t*>(data) + 16 * group, 16, number == Number::f16);
+}
+
+// The same of codes: byte after byte of sixteen rows, in which a code may be of two.
+static inline __m512 sixteen_codes(const uint8_t* data, int64_t group, int bits) {
+  const int64_t first = group * bits, bit = first % 8;
+  const uint8_t* from = data + first / 8 * 16;
+  __m512i all = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  if (bit + bits > 8) all = _mm512_or_si512(all, _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16))), 8));
+  return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(all, static_cast<unsigned>(bit)), _mm512_set1_epi32((1 << bits) - 1)));
+}
+
+// Floats that `read_sixteen` needs.
+static inline int64_t sixteen_room(const Coded& w) { return 16 * padded_groups(w) + decode_floats(w); }
+
+// Scales or zero points of sixteen rows, `[padded groups, 16]`, a row a lane; `stride` floats from a group to the next.
+template <class Row>
+static void read_sixteen(const Coded& w, const Values& values, const Row& row, float* to, float* room, int64_t stride = 16) {
+  const int64_t groups = padded_groups(w);
+  for (int64_t r = 0; r < 16; ++r) {
+    read_values(values, w.bits, row(r), room + r * groups, room + 16 * groups);
+    for (int64_t g = w.groups; g < groups; ++g) room[r * groups + g] = 0.0f;
+  }
+  transpose_words(reinterpret_cast<const uint32_t*>(room), groups, groups, reinterpret_cast<uint32_t*>(to), stride);
+}
+
+// The same of numbers that lie in lines; a panel's are `panel_rows` apart.
+static void read_lines(const Coded& w, const Values& values, int64_t row, float* to) {
+  const uint8_t* from = static_cast<const uint8_t*>(values.data) + row / line_rows * line_rows * row_bytes_of(values, w.bits);
+  const bool packed = values.kind == Values::packed;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    _mm512_storeu_ps(to + g * panel_rows, packed ? sixteen_codes(from, g, w.bits) : sixteen_numbers(from, g, values.number));
+  }
+  for (int64_t g = w.groups; g < padded_groups(w); ++g) _mm512_storeu_ps(to + g * panel_rows, _mm512_setzero_ps());
+}
+
+static inline int64_t groups_room(const Coded& w) { return sixteen_room(w); }
 
 // Scales or zero points of a panel's rows, `[padded groups, panel_rows]`; `missing` where none are stored.
 static void read_by_groups(const Coded& w, const Values& values, float missing, const PanelRows& rows, float* to, float* room) {
@@ -91,21 +130,18 @@ static void read_by_groups(const Coded& w, const Values& values, float missing, 
     return;
   }
   for (int half = 0; half < 2; ++half) {
-    for (int r = 0; r < 16; ++r) {
-      read_values(values, w.bits, rows.row[16 * half + r], room + r * groups, room + 16 * groups);
-      for (int64_t g = w.groups; g < groups; ++g) room[r * groups + g] = 0.0f;
+    if (values.lines) {
+      read_lines(w, values, rows.row[16 * half], to + 16 * half);
+      continue;
     }
-    transpose_words(reinterpret_cast<const uint32_t*>(room), groups, groups, reinterpret_cast<uint32_t*>(to) + 16 * half);
+    read_sixteen(w, values, [&](int64_t r) { return rows.row[16 * half + r]; }, to + 16 * half, room, panel_rows);
   }
 }
 
 #ifdef __AVX512VBMI__
-// Sixty-four codes of a row, one to a byte; bytes past `bytes` of the row count as zero and are not touched.
+// Sixty-four codes of a row, one to a byte, of its bytes from there on.
 template <int Bits>
-static inline __attribute__((always_inline)) __m512i take_codes(const uint8_t* from, int64_t bytes) {
-  const uint64_t touched = bytes >= 64 ? ~uint64_t{0} : bytes <= 0 ? 0 : (uint64_t{1} << bytes) - 1;
-  constexpr uint64_t taken = Bits == 8 ? ~uint64_t{0} : (uint64_t{1} << (8 * Bits % 64)) - 1;
-  const __m512i all = _mm512_maskz_loadu_epi8(touched & taken, from);
+static inline __attribute__((always_inline)) __m512i expand_codes(__m512i all) {
   if constexpr (Bits == 8) return all;
   alignas(64) static constexpr auto order = [] {
     struct { uint8_t at[64]; } made{};
@@ -120,6 +156,14 @@ static inline __attribute__((always_inline)) __m512i take_codes(const uint8_t* f
   const __m512i words = _mm512_permutexvar_epi8(_mm512_load_si512(order.at), all);
   const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(starts)), words);
   return _mm512_and_si512(codes, _mm512_set1_epi8(static_cast<char>((1 << Bits) - 1)));
+}
+
+// The same from memory; bytes past `bytes` of the row count as zero and are not touched.
+template <int Bits>
+static inline __attribute__((always_inline)) __m512i take_codes(const uint8_t* from, int64_t bytes) {
+  const uint64_t touched = bytes >= 64 ? ~uint64_t{0} : bytes <= 0 ? 0 : (uint64_t{1} << bytes) - 1;
+  constexpr uint64_t taken = Bits == 8 ? ~uint64_t{0} : (uint64_t{1} << (8 * Bits % 64)) - 1;
+  return expand_codes<Bits>(_mm512_maskz_loadu_epi8(touched & taken, from));
 }
 
 // Bits that a code has in a register: its own, or 8 where they do not fill bytes, or where groups end inside of 32 bits of a row.
@@ -141,18 +185,60 @@ static inline int field_bits(const Coded& w) {
     default: return function<8, 8>(__VA_ARGS__);                                          \
   }
 
-// Codes of sixteen rows from a column on, 512 / Field of each.
-template <int Bits, int Field>
-static inline __attribute__((always_inline)) void take_rows(const Coded& w, const int64_t* rows, int64_t column, __m512i* all) {
+// The codes of sixteen rows from a column on, 512 / Field of each: a row a lane of 32 bits, or of 64, the second eight rows in the second
+// eight registers then. Of codes that lie in rows.
+template <int Bits, int Field, int PerWord>
+static inline __attribute__((always_inline)) void lanes_from_rows(const Coded& w, const int64_t* rows, int64_t column, __m512i* all) {
   const int64_t at = column / 8 * Bits;
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r) all[r] = take_codes<Field == Bits ? 8 : Bits>(w.codes + rows[r] * w.row_bytes + at, w.row_bytes - at);
+  if constexpr (PerWord == 1) transpose(all);
+  else transpose_long(all), transpose_long(all + 8);
+}
+
+// The same of codes that lie in lines. Rows behind the last one are any.
+template <int Bits, int Field, int PerWord>
+static inline __attribute__((always_inline)) void lanes_from_lines(const Coded& w, int64_t row, int64_t column, __m512i* all) {
+  constexpr int words = Field == Bits ? 16 : 2 * Bits;  // of a row
+  const int64_t first = column * Bits / 32, there = w.row_bytes / 4 - first;
+  const uint8_t* from = w.codes + row / line_rows * line_rows * w.row_bytes + first * 64;
+  __m512i line[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) line[i] = i < words && i < there ? _mm512_loadu_si512(from + 64 * i) : _mm512_setzero_si512();
+  if constexpr (Field != Bits) {
+    transpose(line);
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) all[r] = expand_codes<Bits>(line[r]);
+    if constexpr (PerWord == 1) transpose(all);
+    else transpose_long(all), transpose_long(all + 8);
+  } else if constexpr (PerWord == 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) all[i] = line[i];
+  } else {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      all[i] = _mm512_permutex2var_epi32(line[2 * i], low, line[2 * i + 1]);
+      all[i + 8] = _mm512_permutex2var_epi32(line[2 * i], high, line[2 * i + 1]);
+    }
+  }
+}
+
+template <int Bits, int Field, int PerWord>
+static inline __attribute__((always_inline)) void take_lanes(const Coded& w, const int64_t* rows, int64_t column, __m512i* all) {
+  if (w.lines) lanes_from_lines<Bits, Field, PerWord>(w, rows[0], column, all);
+  else lanes_from_rows<Bits, Field, PerWord>(w, rows, column, all);
 }
 #endif
 
 // Asks for the codes of the chunk's columns that come next, of all rows of a panel.
 static inline __attribute__((always_inline)) void fetch_codes(const Coded& w, const PanelRows& rows, int64_t column, int64_t columns) {
   const int64_t from = column * w.bits / 8, to = least((column + columns) * w.bits / 8, w.row_bytes);
+  for (int64_t half = 0; w.lines && half < panel_rows; half += line_rows) {
+    const uint8_t* lines = w.codes + rows.row[half] / line_rows * line_rows * w.row_bytes;
+    for (int64_t at = from / 4; at < to / 4; ++at) __builtin_prefetch(lines + 64 * at, 0, 2);
+  }
+  if (w.lines) return;
   for (int64_t r = 0; r < panel_rows; ++r) {
     for (int64_t at = from; at < to; at += 64) __builtin_prefetch(w.codes + rows.row[r] * w.row_bytes + at, 0, 2);
   }
@@ -174,26 +260,27 @@ static inline __attribute__((always_inline)) void lay_out(int64_t count, uint32_
   }
 }
 
+// Sixteen sums, or those of them that are `there`, as numbers of the outputs' type from place `at` on.
+static inline void put_sixteen(const Product& product, int64_t at, __mmask16 there, __m512 values) {
+  if (product.number == Number::f32) return _mm512_mask_storeu_ps(static_cast<float*>(product.outputs) + at, there, values);
+  __m256i numbers;
+  if (product.number == Number::f16) {
+    numbers = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else {
+    const __m512i bits = _mm512_castps_si512(values), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __mmask16 none = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    numbers = _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(none, rounded, _mm512_set1_epi32(0x7fc0)));
+  }
+  _mm256_mask_storeu_epi16(static_cast<uint16_t*>(product.outputs) + at, there, numbers);
+}
+
 // Up to 32 sums of a vector as numbers of the outputs' type.
-static void put_rows(const Product& product, int64_t vector, int64_t row, const float* sums) {
+static inline void put_rows(const Product& product, int64_t vector, int64_t row, const float* sums) {
   const int64_t at = vector * product.matrix->rows + row, count = least(panel_rows, product.matrix->rows - row);
   for (int64_t half = 0; half < count; half += 16) {
     const __mmask16 there = static_cast<__mmask16>(count - half >= 16 ? 0xffff : (1u << (count - half)) - 1);
-    const __m512 values = _mm512_load_ps(sums + half);
-    if (product.number == Number::f32) {
-      _mm512_mask_storeu_ps(static_cast<float*>(product.outputs) + at + half, there, values);
-      continue;
-    }
-    __m256i numbers;
-    if (product.number == Number::f16) {
-      numbers = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    } else {
-      const __m512i bits = _mm512_castps_si512(values), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-      const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-      const __mmask16 none = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-      numbers = _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(none, rounded, _mm512_set1_epi32(0x7fc0)));
-    }
-    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(product.outputs) + at + half, there, numbers);
+    put_sixteen(product, at + half, there, _mm512_load_ps(sums + half));
   }
 }
 

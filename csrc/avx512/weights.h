@@ -153,9 +153,7 @@ static void fill_block(const Coded& w, const PanelRows& rows, int64_t column, in
     int64_t end = 0;  // of the columns that have these grids
     for (int64_t at = column; at < column + columns;) {
       __m512i all[16];
-      take_rows<Bits, Field>(w, rows.row + 16 * half, at, all);
-      if constexpr (Kind::per_word == 1) transpose(all);
-      else transpose_long(all), transpose_long(all + 8);
+      take_lanes<Bits, Field, Kind::per_word>(w, rows.row + 16 * half, at, all);
 #pragma GCC unroll 16
       for (int lane = 0; lane < 16 / Kind::per_word; ++lane, at += per_lane * Kind::per_word) {
         if (at + per_lane * (Kind::per_word - 1) >= end) {

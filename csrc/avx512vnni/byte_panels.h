@@ -232,8 +232,7 @@ static void fill_as(const Coded& w, const Cut& cut, const PanelRows& rows, int64
     while (segment.begin < column) segment.next(cut);
     for (int64_t at = column; at < column + columns;) {
       __m512i all[16];
-      take_rows<Bits, Field>(w, rows.row + 16 * half, at, all);
-      transpose(all);
+      take_lanes<Bits, Field, 1>(w, rows.row + 16 * half, at, all);
       for (int lane = 0; lane < 16; ++lane, at += 32 / Field) {
         if (at == segment.begin) {
           base = _mm512_load_si512(panel.bases + segment.group * panel_rows + 16 * half);

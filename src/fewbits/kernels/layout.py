@@ -14,7 +14,7 @@ from torch import Tensor
 from fewbits.kernels.native import number
 
 NONE, DENSE, PACKED, CODED, TABLE, SIGNS, RUNS = range(7)
-PLAIN, SPARSE, VECTORS, SIGNED, MIXED = range(1, 6)  # forms of other matrices, whose width is given as 0 bits
+PLAIN, SPARSE, VECTORS, SIGNED, MIXED, LINES = range(1, 7)  # forms of other matrices, whose width is given as 0 bits
 BASE_THREE = 9  # in the place of a width: codes of three values for -1, 0 and 1, five to a byte, the first one the lowest digit
 _UNITS = (4, 8, 16)  # numbers of a codeword that kernels know
 
@@ -73,6 +73,11 @@ def coded(sizes: tuple[int, int, int, int], codes: Tensor, levels: Description, 
     return Description(tensors, sum((part.layout for part in parts), start=sizes))
 
 
+def in_lines(matrix: Description) -> Description:
+    """A matrix of codes which lie sixteen rows at a time, word after word of 32 bits: `[rows / 16, words, 16]` as int32."""
+    return Description(matrix.tensors, (*matrix.layout[:2], 0, LINES, *matrix.layout[2:]))
+
+
 def plain(values: Tensor) -> Description | None:
     """A matrix of numbers as they are; None where kernels do not read their dtype."""
     kind = number(values.dtype)
@@ -121,7 +126,7 @@ def mixed_groups(
 
 def has_codes(matrix: Description) -> bool:
     """Whether a matrix is one of codes of single numbers, of one width, which can also be decoded."""
-    return matrix.layout[2] != 0
+    return matrix.layout[2] != 0 or matrix.layout[3] == LINES
 
 
 def entries(matrix: Description) -> int:

@@ -89,6 +89,12 @@ def takes_many(isa: str, dtype: torch.dtype) -> bool:
     return bool(_extension.takes_many(isa, _NUMBERS[dtype]))
 
 
+def reads_lines(tensors: Sequence[Tensor], layout: Sequence[int]) -> bool:
+    """Whether the chosen instruction set has a kernel for codes that lie in lines, as `layout` says of these."""
+    isa = None if _extension is None else chosen()
+    return isa is not None and _extension is not None and bool(_extension.reads_lines(isa, layout, buffers(tensors)))
+
+
 def multiply(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], inputs: Tensor) -> Tensor:
     """`inputs [..., columns] @ W.T`, W `[rows, columns]` described by `layout` (see `layout.py`), in the dtype of the inputs.
 

@@ -73,7 +73,7 @@ class CompressedConv2d(CompressedLayer[StoredConv2d]):
         return self.stored.weight.decode().view(self.stored.shape)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        stored, padding = self.stored, self.stored.padding
+        stored, padding = self.laid, self.laid.padding
         if stored.activation is not None:
             inputs = cast(Any, stored.activation).apply(inputs)
         if stored.padding_mode != "zeros":
@@ -83,5 +83,5 @@ class CompressedConv2d(CompressedLayer[StoredConv2d]):
         return nn.functional.conv2d(inputs, weight, bias, stored.stride, padding, stored.dilation, stored.groups)
 
     def extra_repr(self) -> str:
-        bits = self.stored.weight.bits_per_weight()
+        bits = self.laid.weight.bits_per_weight()
         return f"{self.in_channels} -> {self.out_channels}, kernel {self.kernel_size}, {bits:.3f} bits per weight"

@@ -29,13 +29,13 @@ class CompressedEmbedding(CompressedLayer[StoredLinear]):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`tokens [...]`, integers, to `[..., features]`."""
-        rows = self.stored.weight.taken(tokens.flatten().long()).decode(self.dtype)
+        rows = self.laid.weight.taken(tokens.flatten().long()).decode(self.dtype)
         if self.scale != 1.0:
             rows = rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
         return rows.unflatten(0, tokens.shape)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings} x {self.embedding_dim}, {self.stored.weight.bits_per_weight():.3f} bits per weight"
+        return f"{self.num_embeddings} x {self.embedding_dim}, {self.laid.weight.bits_per_weight():.3f} bits per weight"
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.dtype = function(torch.empty(0, dtype=self.dtype)).dtype
@@ -67,7 +67,7 @@ class TiedHead(nn.Module):
         return self.table.weight
 
     def forward(self, inputs: Tensor) -> Tensor:
-        outputs = self.stored.weight.matmul(inputs)
+        outputs = self.table.laid.weight.matmul(inputs)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
     def extra_repr(self) -> str:

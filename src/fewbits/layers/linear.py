@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fewbits.core.tensor import CompressedTensor, Part, from_stored
+from fewbits.core.tensor import CompressedTensor, Part, Term, from_stored
+from fewbits.formats.lines import Lines, may_lie_in_lines, names_in_lines
 from fewbits.kernels.native import Rooms, is_large
 
 _SEPARATOR = "__"  # buffer names may not contain dots
@@ -32,12 +33,14 @@ class StoredLinear(Part, kind="linear"):
 class CompressedLayer(nn.Module, ABC, Generic[Stored]):
     """A layer that computes with what is `stored`, a part with a field `weight`.
 
-    The stored tensors are buffers, which keep their dtypes whatever dtype the model is cast to.
+    The stored tensors are buffers, which keep their dtypes whatever dtype the model is cast to. Those of some terms lie in another
+    order where `settle` was called, which kernels read faster; what is saved has the order that is stored.
     """
 
     def __init__(self, stored: Stored, bias: Tensor | None = None) -> None:
         super().__init__()
         self.settings = stored.settings()
+        self._in_lines: frozenset[int] = frozenset()  # places of the weight's terms that lie in lines
         for name, tensor in stored.tensors().items():
             self.register_buffer(_SEPARATOR.join(name.split(".")), tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -51,7 +54,12 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
 
     @property
     def stored(self) -> Stored:
-        """The value that the buffers hold now; made anew only after a buffer was replaced."""
+        """The value that the buffers hold now, as it is written to a file; made anew where terms lie in lines."""
+        return _with_terms(self.laid, lambda _, term: term.plain() if isinstance(term, Lines) else term) if self._in_lines else self.laid
+
+    @property
+    def laid(self) -> Stored:
+        """The same as it lies in memory, which is computed with; made anew only after a buffer was replaced."""
         buffers = self._buffers
         if any(self._seen.get(name) is not tensor for name, tensor in buffers.items()):
             tensors = {".".join(name.split(_SEPARATOR)): tensor for name, tensor in buffers.items() if tensor is not None}
@@ -59,15 +67,50 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
         return self._stored[0]
 
     def settle(self, rooms: Rooms | None = None) -> Self:
-        """Moves tensors, such as those that lie in a mapped file, into memory that kernels read fast; no value changes.
+        """Moves tensors, such as those that lie in a mapped file, into memory that kernels read fast, in the order that these read fastest;
+        no value changes.
 
         Small ones move where layers share `rooms`, in which they lie together.
         """
+        own = rooms or Rooms()
+        moved = self._lay_in_lines(own)
         for name, buffer in list(self.named_buffers(recurse=False)):
-            if rooms is not None or is_large(buffer):
-                setattr(self, name, (rooms or Rooms()).moved(buffer))
-        _ = self.stored  # what is remembered is of the new buffers: the old ones go
+            if name not in moved and (rooms is not None or is_large(buffer)):
+                setattr(self, name, own.moved(buffer))
+        _ = self.laid  # what is remembered is of the new buffers: the old ones go
         return self
+
+    def _lay_in_lines(self, rooms: Rooms) -> set[str]:
+        """Terms that kernels read faster so; the names of the buffers that this moved."""
+        moved = set()
+        for place, term in enumerate(self._terms()):
+            if not may_lie_in_lines(term):
+                continue
+            laid = Lines.lay(cast(Any, term), rooms.like).term
+            for name in names_in_lines(laid):
+                moved.add(_SEPARATOR.join(("weight", "terms", str(place), name)))
+                setattr(self, _SEPARATOR.join(("weight", "terms", str(place), name)), getattr(laid, name))
+            self._in_lines |= {place}
+        return moved
+
+    def _lay_by_rows(self) -> None:
+        """Undoes `_lay_in_lines`."""
+        stored, self._in_lines = self.stored, frozenset()
+        for name, tensor in stored.tensors().items():
+            setattr(self, _SEPARATOR.join(name.split(".")), tensor)
+
+    def _terms(self) -> tuple[Term, ...]:
+        return cast(Any, self.laid).weight.terms
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._in_lines:
+            destination |= {prefix + _SEPARATOR.join(name.split(".")): tensor for name, tensor in self.stored.tensors().items()}
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        if self._in_lines:  # what is loaded has the order that is stored
+            self._lay_by_rows()
+        super()._load_from_state_dict(*arguments)
 
     @property
     @abstractmethod
@@ -76,6 +119,8 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
 
     def _remember(self, stored: Stored) -> None:
         self._seen = dict(self.named_buffers(recurse=False))
+        if self._in_lines:
+            stored = _with_terms(stored, lambda place, term: Lines(cast(Any, term)) if place in self._in_lines else term)
         self._stored = (stored,)  # in a tuple: what it holds are the buffers themselves
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -85,6 +130,8 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
             moved = function(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        if self._in_lines and function(torch.empty(0, dtype=torch.uint8)).device.type != "cpu":
+            self._lay_by_rows()
         bias, self.bias = self.bias, None
         for name, buffer in list(self.named_buffers(recurse=False)):
             setattr(self, name, keep_dtype(buffer))
@@ -106,7 +153,7 @@ class CompressedLinear(CompressedLayer[StoredLinear]):
         return self.stored.weight.decode()
 
     def forward(self, inputs: Tensor) -> Tensor:
-        stored = self.stored
+        stored = self.laid
         quantize = None if stored.activation is None else cast(Any, stored.activation).apply
         outputs = stored.weight.matmul(inputs, quantize)
         if stored.offset is not None:
@@ -114,14 +161,21 @@ class CompressedLinear(CompressedLayer[StoredLinear]):
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features} -> {self.out_features}, {self.stored.weight.bits_per_weight():.3f} bits per weight"
+        return f"{self.in_features} -> {self.out_features}, {self.laid.weight.bits_per_weight():.3f} bits per weight"
+
+
+def _with_terms(stored: Stored, change: Callable[[int, Term], Term]) -> Stored:
+    """`stored` with other terms of its weight."""
+    weight = cast(Any, stored).weight
+    terms = tuple(change(place, term) for place, term in enumerate(weight.terms))
+    return cast(Stored, replace(cast(Any, stored), weight=replace(weight, terms=terms)))
 
 
 def stored_bits(model: nn.Module) -> int:
     """Bits of all compressed layers of `model`, counted from what they hold: codes, scales and biases."""
     layers = [module for module in model.modules() if isinstance(module, CompressedLayer)]
     biases = [layer.bias for layer in layers if layer.bias is not None]
-    return sum(sum(layer.stored.bits().values()) for layer in layers) + sum(8 * bias.nbytes for bias in biases)
+    return sum(sum(layer.laid.bits().values()) for layer in layers) + sum(8 * bias.nbytes for bias in biases)
 
 
 def whole_bits(model: nn.Module) -> int:

@@ -108,7 +108,7 @@ def _step_of(layer: nn.Module) -> DecoderStep | None:
 
 def _described(layer: CompressedLinear) -> Description | None:
     """The sum of a layer's terms, and what is added to it; None where it does more, or a number of it is made anew each time."""
-    stored = layer.stored
+    stored = layer.laid
     weight = stored.weight
     if stored.activation is not None or weight.input_transforms or weight.output_transforms:
         return None

@@ -1,0 +1,114 @@
+"""Codes in another order in memory: sixteen rows at a time, as kernels read them fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from fewbits.core.tensor import Term
+from fewbits.formats.coded import Coded
+from fewbits.kernels import native
+from fewbits.kernels.layout import Description, in_lines
+
+ROWS = 16  # that lie together
+_WORD = 4  # bytes of a row's codes that lie together
+
+
+@dataclass(frozen=True, eq=False)
+class Lines(Coded):
+    """A term whose codes, and what else each of its rows has for itself, lie in lines: of sixteen rows the first 32 bits of each, then
+    the next 32 of each; of scales a number of each after another, of packed zero points a byte. It holds the same tensors as the term, in
+    another order, computes the same, and is never written to a file: `plain` is. Made by `lay`.
+    """
+
+    term: Coded
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.term.shape
+
+    @classmethod
+    def lay(cls, term: Coded, room: Callable[[Tensor], Tensor] = torch.empty_like) -> Lines:
+        """`term`, which must fit (`may_lie_in_lines`), laid in lines, in what `room` gives for a tensor like one of its own."""
+
+        def lay(tensor: Tensor, item: int) -> Tensor:
+            laid = room(tensor)
+            _by_lines(laid, item).copy_(_by_rows(tensor, item).mT)
+            return laid
+
+        return cls(_with(term, lay))
+
+    def plain(self) -> Coded:
+        """The term with everything by rows again."""
+        return _with(self.term, lambda tensor, item: _by_lines(tensor, item).mT.contiguous().view(tensor.dtype).view(tensor.shape))
+
+    def described(self) -> Description | None:
+        found = self.term.described()
+        return None if found is None else in_lines(found)
+
+    def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.plain().define(dtype)
+
+    def taken(self, rows: Tensor) -> Term:
+        def take(tensor: Tensor, item: int) -> Tensor:
+            found = _by_lines(tensor, item)[rows // ROWS, :, rows % ROWS]
+            return found.contiguous().view(tensor.dtype).view(len(rows), tensor.shape[1])
+
+        taken = self.term.taken(rows)  # of what lies in lines, from wrong places
+        return replace(taken, **{name: take(getattr(self.term, name), item) for name, item in _laid(self.term).items()})
+
+    def stacked(self, below: Term) -> Term | None:
+        return self.plain().stacked(below.plain() if isinstance(below, Lines) else below)
+
+    def widened(self, beside: Term) -> Term | None:
+        return self.plain().widened(beside.plain() if isinstance(beside, Lines) else beside)
+
+
+def may_lie_in_lines(term: Term) -> bool:
+    """Whether kernels at hand read the term faster in lines: rows in sixteens, of whole words and groups that end with lines."""
+    found = term.described() if isinstance(term, Coded) and not isinstance(term, Lines) else None
+    if found is None or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in found.tensors):
+        return False
+    rows, _ = term.shape
+    codes = found.tensors[0]
+    fits = len(codes) == rows and rows % ROWS == 0 and codes.shape[1] % _WORD == 0
+    return fits and native.reads_lines(found.tensors, in_lines(found).layout)
+
+
+def names_in_lines(term: Coded) -> tuple[str, ...]:
+    """The fields of a term that lie in another order where it lies in lines."""
+    return tuple(_laid(term))
+
+
+def _laid(term: Coded) -> dict[str, int]:
+    """Those fields, and how many bytes of a row lie together."""
+    found = term.described()
+    assert found is not None
+    laid = {}
+    for field in fields(term):
+        tensor = getattr(term, field.name)
+        if isinstance(tensor, Tensor) and len(tensor) == term.shape[0]:
+            laid[field.name] = _WORD if tensor is found.tensors[0] else tensor.element_size()
+    return laid
+
+
+def _with(term: Coded, change: Callable[[Tensor, int], Tensor]) -> Coded:
+    return replace(term, **{name: change(getattr(term, name), item) for name, item in _laid(term).items()})
+
+
+def _items(tensor: Tensor, item: int) -> Tensor:
+    """`[rows, bytes]` as whole numbers of `item` bytes."""
+    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[item])
+
+
+def _by_rows(tensor: Tensor, item: int) -> Tensor:
+    """`[rows / 16, 16, items]` of what lies by rows."""
+    return _items(tensor, item).unflatten(0, (-1, ROWS))
+
+
+def _by_lines(tensor: Tensor, item: int) -> Tensor:
+    """`[rows / 16, items, 16]` of what lies in lines."""
+    return _items(tensor.view(len(tensor) // ROWS, -1), item).unflatten(1, (-1, ROWS))
