@@ -104,7 +104,7 @@ def random_codewords(rows: int, columns: int, books: int, bits: int) -> Additive
 
 def settled(term: Term, rooms: native.Rooms) -> Term:
     """As a layer of a model holds it once it is loaded."""
-    return CompressedLinear(StoredLinear(CompressedTensor((term,)))).settle(rooms).stored.weight.terms[0]
+    return CompressedLinear(StoredLinear(CompressedTensor((term,)))).settle(rooms).laid.weight.terms[0]
 
 
 @contextmanager

@@ -361,7 +361,7 @@ static void multiply(const Product& product, const uint8_t* prepared, int64_t ro
   }
 }
 
-static int64_t few_vectors(const Product&) { return 8; }
+static int64_t few_vectors(const Product& product) { return product.matrix->lines ? few_vectors_of_lines(*product.matrix) : 8; }
 
 constexpr Panels make_panels() {
   return {tile, panels_at_once * panel_rows, few_vectors, prepared_bytes, prepare, scratch_bytes, multiply};

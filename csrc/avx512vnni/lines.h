@@ -5,6 +5,8 @@
 // Inputs are cut into digits as in fixed.h. A code that is masked but not shifted is the code times a power of two, which its sum keeps to
 // itself until the group's end.
 #pragma once
+#include <optional>
+
 #include "../avx512/columns.h"
 
 namespace fewbits {
@@ -12,18 +14,19 @@ namespace FEWBITS_ISA {
 namespace lines {
 
 constexpr int64_t run = 32;            // columns of whole lines, whatever the width of codes: as many lines as a code has bits
-constexpr int64_t longest = 1 << 15;   // columns whose products are summed in 32 bits
+constexpr int64_t longest = 1 << 14;   // columns whose products are summed in 32 bits
 constexpr int64_t most_vectors = 4;    // that share a look at the codes
 constexpr int64_t bytes_ahead = 1 << 14;  // of what is fetched, into the second cache
 constexpr int64_t small_group = 64;
 
 static bool serves(const Coded& w) {
   const bool whole = w.columns % run == 0 && (w.groups == 1 || w.group % run == 0);
-  return w.form == Coded::packed && w.lines && w.bits <= 8 && w.levels.kind == Values::none && whole;
+  const bool codes = w.levels.kind == Values::none ? w.bits <= 8 : w.bits <= 6 && w.levels.rows == 1 && w.level_groups == 1;
+  return w.form == Coded::packed && w.lines && codes && whole;
 }
 
-static inline int64_t tile_of(int64_t vectors) { return least(vectors, most_vectors); }
-static inline int64_t tiles_of(int64_t vectors) { return ceiling(vectors, tile_of(vectors)); }
+static inline int64_t tiles_of(int64_t vectors) { return ceiling(vectors, most_vectors); }
+static inline int64_t tile_of(int64_t vectors) { return ceiling(vectors, tiles_of(vectors)); }
 
 // ---- inputs ---------------------------------------------------------------------------------------------------------------
 
@@ -106,18 +109,44 @@ static void prepare(const Product& product, int64_t vector, float* memory) {
 
 // ---- scales ---------------------------------------------------------------------------------------------------------------
 
+// Levels as whole numbers of two bytes, or of three where inputs have as many, a byte in each table: (number - zero) * unit. What is lost is
+// half a unit. Sixty-four codes are looked up at once, by six bits; of narrower codes those above are any, and the table has each level more than once.
+struct Levels {
+  __m512i tables[3];
+  float unit, zero;
+
+  Levels(const Coded& w, int planes) {
+    const int count = 1 << w.bits;
+    float found[64], low = number_at(w.levels.data, 0, w.levels.number), high = low;
+    for (int i = 0; i < count; ++i) {
+      found[i] = number_at(w.levels.data, i, w.levels.number);
+      low = found[i] < low ? found[i] : low, high = found[i] > high ? found[i] : high;
+    }
+    const double most = (int64_t{1} << (8 * planes)) - 1, step = (static_cast<double>(high) - low) / most;
+    unit = step > 0 ? static_cast<float>(step) : 1.0f;
+    zero = static_cast<float>(-static_cast<double>(low) / unit);
+    alignas(64) uint8_t bytes[3][64];
+    for (int i = 0; i < 64; ++i) {
+      const double place = (static_cast<double>(found[i % count]) - low) / unit;
+      const int32_t number = place > 0 ? static_cast<int32_t>((place < most ? place : most) + 0.5) : 0;
+      for (int plane = 0; plane < planes; ++plane) bytes[plane][i] = static_cast<uint8_t>(number >> (8 * (planes - 1 - plane)));
+      if (!(found[i % count] - found[i % count] == 0.0f)) unit = as_float(0x7fc00000);  // one that is not finite
+    }
+    for (int plane = 0; plane < planes; ++plane) tables[plane] = _mm512_load_si512(bytes[plane]);
+  }
+};
+
 // What sixteen rows have beside their codes, group by group: sixteen scales, zero points and offsets, a row a lane. Those that do not lie
 // so are brought there first, as float32.
 struct Grid {
   const uint8_t *scales, *zeros, *offsets;  // of the first group; nullptr where there are none
   Number of_scales, of_zeros, of_offsets;
   bool packed;   // zero points of the width of the codes
-  bool doubled;  // scales, as signs are twice a code less 1
-  float zero;    // where no zero points are stored
+  float factor, zero;  // of scales, if not 1; the zero point where none are stored
 
   inline __attribute__((always_inline)) __m512 scale(int64_t group) const {
     const __m512 found = scales == nullptr ? _mm512_set1_ps(1.0f) : sixteen_numbers(scales, group, of_scales);
-    return doubled ? _mm512_add_ps(found, found) : found;
+    return factor == 1.0f ? found : _mm512_mul_ps(found, _mm512_set1_ps(factor));
   }
 
   template <int Bits>
@@ -129,7 +158,7 @@ struct Grid {
 
 static int64_t scratch_floats(const Coded& w) { return 48 * padded_groups(w) + sixteen_room(w); }
 
-static Grid find_grid(const Coded& w, int64_t row, float* room) {
+static Grid find_grid(const Coded& w, const Levels* levels, int64_t row, float* room) {
   const bool signs = w.zeros.kind == Values::signs;
   const int64_t each = 16 * padded_groups(w);
   const auto find = [&](const Values& values, float* to, Number& number) -> const uint8_t* {
@@ -141,8 +170,8 @@ static Grid find_grid(const Coded& w, int64_t row, float* room) {
     return reinterpret_cast<const uint8_t*>(to);
   };
   Grid grid{};
-  grid.doubled = signs;
-  grid.zero = signs ? 0.5f : middle_code(w.bits);
+  grid.factor = signs ? 2.0f : levels != nullptr ? levels->unit : 1.0f;  // signs are twice a code less 1
+  grid.zero = signs ? 0.5f : levels != nullptr ? levels->zero : middle_code(w.bits);
   grid.scales = find(w.scales, room, grid.of_scales);
   (signs ? grid.offsets : grid.zeros) = find(w.zeros, room + each, signs ? grid.of_offsets : grid.of_zeros);
   grid.packed = w.zeros.kind == Values::packed && w.zeros.lines;
@@ -157,17 +186,23 @@ static inline __attribute__((always_inline)) __m512i add_products(__m512i sum, _
   return sum;
 }
 
-// How codes leave their lines and where their products are summed: in place, times a power of two, as far as there are registers.
-template <int Bits, int Digits, int Vectors>
+// How codes leave their lines and where their products are summed: in place, times a power of two, as far as there are registers. Levels'
+// bytes are multiplied each with each digit, and what has the same weight is one sum.
+template <int Bits, int Digits, int Planes, int Vectors>
 struct Shape {
-  static constexpr int wanted = Bits == 4 ? 2 : Bits <= 2 ? 4 : 1;
+  static constexpr int wanted = Planes > 0 || 8 % Bits != 0 || Bits == 8 ? 1 : Bits == 4 ? 2 : 4;
   static constexpr int places = Digits * Vectors * wanted <= 24 ? wanted : 1;
-  static constexpr int repeats = Digits * Vectors * places < 4 ? 4 / (Digits * Vectors * places) : 1;  // so that no sum is waited for
+  static constexpr int weights = Planes > 0 ? Digits + Planes - 1 : Digits;
+  static constexpr int enough = Planes > 0 ? 8 : 4;  // so that no sum is waited for
+  static constexpr int repeats = weights * Vectors * places < enough ? enough / (weights * Vectors * places) : 1;
   static constexpr int sets = places * repeats;
+  // Where a line is computed with for longer than memory takes for it, all lines must be under way meanwhile. Where memory is waited for, it
+  // gives them one after another faster if only every fourth is asked for.
+  static constexpr bool computes = 8 * Digits * Vectors * (Planes > 0 ? Planes : 1) >= (8 % Bits == 0 ? 6 : 4) * Bits;
 };
 
-// Register `K` of a run's codes, times 2 to the power of Bits * (K % places).
-template <int Bits, int Places, int K>
+// Register `K` of a run's codes, times 2 to the power of Bits * (K % places); what is above them is masked, or left.
+template <int Bits, int Places, int K, bool Masked>
 static inline __attribute__((always_inline)) __m512i take(const __m512i* line) {
   constexpr int mask = (1 << Bits) - 1;
   if constexpr (Bits == 8) {
@@ -175,7 +210,7 @@ static inline __attribute__((always_inline)) __m512i take(const __m512i* line) {
   } else if constexpr (8 % Bits == 0) {
     constexpr int fields = 8 / Bits, field = K % fields, place = field % Places, down = field - place;
     const __m512i all = down == 0 ? line[K / fields] : _mm512_srli_epi32(line[K / fields], static_cast<unsigned>(Bits * down));
-    return _mm512_and_si512(all, _mm512_set1_epi8(static_cast<char>(mask << (Bits * place))));
+    return Masked ? _mm512_and_si512(all, _mm512_set1_epi8(static_cast<char>(mask << (Bits * place)))) : all;
   } else {  // four codes are within 32 bits of a row, of one word or of two
     constexpr int first = 4 * Bits * K, word = first / 32, bit = first % 32;
     __m512i all = line[word];
@@ -183,14 +218,17 @@ static inline __attribute__((always_inline)) __m512i take(const __m512i* line) {
     if constexpr (bit + 4 * Bits > 32) all = _mm512_or_si512(all, _mm512_slli_epi32(line[word + 1], 32 - bit));
     constexpr uint64_t starts = Bits << 8 | 2 * Bits << 16 | static_cast<uint64_t>(3 * Bits) << 24;
     constexpr uint64_t both = starts | (starts + 0x20202020) << 32;
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(both)), all), _mm512_set1_epi8(mask));
+    const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(both)), all);
+    return Masked ? _mm512_and_si512(codes, _mm512_set1_epi8(mask)) : codes;
   }
 }
 
 // A run of columns, one register of codes after the other.
-template <int Bits, int Digits, int Vectors, bool All, int... K>
-static inline __attribute__((always_inline)) void add_run(const uint8_t* from, const int32_t* inputs, __m512i (*sums)[Digits][Vectors], std::integer_sequence<int, K...>) {
-  using S = Shape<Bits, Digits, Vectors>;
+template <int Bits, int Digits, int Planes, int Vectors, bool All, int... K>
+static inline __attribute__((always_inline)) void add_run(const uint8_t* from, const int32_t* inputs, const __m512i* tables,
+                                                          __m512i (*sums)[Shape<Bits, Digits, Planes, Vectors>::weights][Vectors],
+                                                          std::integer_sequence<int, K...>) {
+  using S = Shape<Bits, Digits, Planes, Vectors>;
   __m512i line[Bits];
 #pragma GCC unroll 8
   for (int i = 0; i < Bits; ++i) {
@@ -199,21 +237,47 @@ static inline __attribute__((always_inline)) void add_run(const uint8_t* from, c
   }
   const auto add = [&](auto k) __attribute__((always_inline)) {
     constexpr int at = decltype(k)::value, set = at % S::places * S::repeats + at / S::places % S::repeats;
-    const __m512i codes = take<Bits, S::places, at>(line);
+    const __m512i codes = take<Bits, S::places, at, Planes == 0>(line);
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) {
+    for (int plane = 0; plane < (Planes > 0 ? Planes : 1); ++plane) {
+      const __m512i numbers = Planes > 0 ? _mm512_permutexvar_epi8(codes, tables[plane]) : codes;
 #pragma GCC unroll 4
-      for (int d = 0; d < Digits; ++d) sums[set][d][v] = add_products(sums[set][d][v], codes, inputs + (at * Digits + d) * Vectors + v);
+      for (int v = 0; v < Vectors; ++v) {
+#pragma GCC unroll 4
+        for (int d = 0; d < Digits; ++d) {
+          sums[set][plane + d][v] = add_products(sums[set][plane + d][v], numbers, inputs + (at * Digits + d) * Vectors + v);
+        }
+      }
     }
   };
   (add(std::integral_constant<int, K>{}), ...);
 }
 
-template <int Bits, int Digits, int Vectors, bool All>
-static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& grid, const Inputs& of, int64_t which, __m512* totals) {
-  using S = Shape<Bits, Digits, Vectors>;
+// What the sums of a vector come to, in units.
+template <int Bits, class S, int Vectors>
+static inline __attribute__((always_inline)) __m512 join(const __m512i (*sums)[S::weights][Vectors], int v) {
+  __m512 total = _mm512_setzero_ps();
+#pragma GCC unroll 8
+  for (int weight = 0; weight < S::weights; ++weight) {
+    __m512i all = sums[0][weight][v];
+#pragma GCC unroll 8
+    for (int s = 1; s < S::sets; ++s) {
+      const __m512i more = sums[s][weight][v];
+      all = _mm512_add_epi32(all, s < S::repeats ? more : _mm512_srai_epi32(more, static_cast<unsigned>(Bits * (s / S::repeats))));
+    }
+    const __m512 numbers = _mm512_cvtepi32_ps(all);
+    total = weight == 0 ? numbers : _mm512_fmadd_ps(total, _mm512_set1_ps(256.0f), numbers);
+  }
+  return total;
+}
+
+template <int Bits, int Digits, int Planes, int Vectors, bool All>
+static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& grid, const Levels* levels, const Inputs& of, int64_t which, __m512* totals) {
+  using S = Shape<Bits, Digits, Planes, Vectors>;
   const int32_t* inputs = of.digits + which * of.words;
   const float *units = of.units + which * Vectors * of.groups, *input_sums = of.sums + which * Vectors * of.groups;
+  __m512i tables[3] = {};
+  for (int plane = 0; plane < Planes; ++plane) tables[plane] = levels->tables[plane];
   __m512 total[Vectors];
   for (int v = 0; v < Vectors; ++v) total[v] = _mm512_setzero_ps();
   for (int64_t column = 0, group = 0; column < w.columns; ++group, units += Vectors, input_sums += Vectors) {
@@ -224,25 +288,14 @@ static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& gr
     for (int v = 0; v < Vectors; ++v) sum[v] = _mm512_mul_ps(zero, _mm512_set1_ps(-input_sums[v]));
     while (column < end) {
       const int64_t to = least(column + longest, end);
-      __m512i sums[S::sets][Digits][Vectors];
+      __m512i sums[S::sets][S::weights][Vectors];
 #pragma GCC unroll 32
-      for (int i = 0; i < S::sets * Digits * Vectors; ++i) (&sums[0][0][0])[i] = _mm512_setzero_si512();
+      for (int i = 0; i < S::sets * S::weights * Vectors; ++i) (&sums[0][0][0])[i] = _mm512_setzero_si512();
       for (; column < to; column += run, from += 64 * Bits, inputs += 8 * Digits * Vectors) {
-        add_run<Bits, Digits, Vectors, All>(from, inputs, sums, std::make_integer_sequence<int, 8>{});
+        add_run<Bits, Digits, Planes, Vectors, All>(from, inputs, tables, sums, std::make_integer_sequence<int, 8>{});
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) {
-        __m512 high = _mm512_setzero_ps();
-#pragma GCC unroll 4
-        for (int d = 0; d < Digits; ++d) {
-          __m512i all = sums[0][d][v];
-#pragma GCC unroll 8
-          for (int s = 1; s < S::sets; ++s) all = _mm512_add_epi32(all, s < S::repeats ? sums[s][d][v] : _mm512_srai_epi32(sums[s][d][v], static_cast<unsigned>(Bits * (s / S::repeats))));
-          const __m512 numbers = _mm512_cvtepi32_ps(all);
-          if (d + 1 == Digits) sum[v] = _mm512_add_ps(sum[v], d == 0 ? numbers : _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), numbers));
-          else high = d == 0 ? numbers : _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), numbers);
-        }
-      }
+      for (int v = 0; v < Vectors; ++v) sum[v] = _mm512_add_ps(sum[v], join<Bits, S, Vectors>(sums, v));
     }
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) total[v] = _mm512_fmadd_ps(sum[v], _mm512_mul_ps(scale, _mm512_set1_ps(units[v])), total[v]);
@@ -253,34 +306,40 @@ static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& gr
   for (int v = 0; v < Vectors; ++v) totals[v] = total[v];
 }
 
-template <int Bits, int Digits, int Vectors>
-static auto find_function(const Coded& w) {
-  // Where a line is computed with for longer than memory takes for it, all lines must be under way meanwhile. Where memory is waited for, it
-  // gives them one after another faster if only every fourth is asked for.
-  constexpr bool computes = 8 * Digits * Vectors >= (8 % Bits == 0 ? 6 : 4) * Bits;
-  return computes || w.group <= small_group ? multiply_sixteen<Bits, Digits, Vectors, true> : multiply_sixteen<Bits, Digits, Vectors, computes>;
+using Sixteen = decltype(&multiply_sixteen<4, 2, 0, 1, true>);
+
+template <int Bits, int Digits, int Planes, int Vectors>
+static Sixteen find_function(const Coded& w) {
+  constexpr bool computes = Shape<Bits, Digits, Planes, Vectors>::computes;
+  return computes || w.group <= small_group ? multiply_sixteen<Bits, Digits, Planes, Vectors, true> : multiply_sixteen<Bits, Digits, Planes, Vectors, computes>;
 }
 
-template <int Bits, int Digits>
-static auto find_function(const Coded& w, int64_t vectors) {
+template <int Bits, int Digits, int Planes>
+static Sixteen find_function(const Coded& w, int64_t vectors) {
   switch (vectors) {
-    case 1: return find_function<Bits, Digits, 1>(w);
-    case 2: return find_function<Bits, Digits, 2>(w);
-    case 3: return find_function<Bits, Digits, 3>(w);
-    default: return find_function<Bits, Digits, 4>(w);
+    case 1: return find_function<Bits, Digits, Planes, 1>(w);
+    case 2: return find_function<Bits, Digits, Planes, 2>(w);
+    case 3: return find_function<Bits, Digits, Planes, 3>(w);
+    default: return find_function<Bits, Digits, Planes, 4>(w);
   }
 }
+
+constexpr int planes_of(int digits) { return digits == 1 ? 2 : digits; }  // of levels
 
 template <int Bits, int Digits>
 static void multiply_as(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
   const Coded& w = *product.matrix;
   const Inputs of(product, const_cast<float*>(prepared));
-  const auto function = find_function<Bits, Digits>(w, of.tile);
+  constexpr int planes = planes_of(Digits);
+  const std::optional<Levels> levels = w.levels.kind == Values::none ? std::nullopt : std::optional<Levels>(std::in_place, w, planes);
+  const Levels* found = levels ? &*levels : nullptr;
+  Sixteen function = find_function<Bits, Digits, 0>(w, of.tile);
+  if constexpr (Bits <= 6) function = levels ? find_function<Bits, Digits, planes>(w, of.tile) : function;
   for (int64_t row = first; row < last; row += line_rows) {
-    const Grid grid = find_grid(w, row, scratch);
+    const Grid grid = find_grid(w, found, row, scratch);
     for (int64_t which = 0; which < tiles_of(product.vectors); ++which) {
       __m512 totals[most_vectors];
-      function(w, w.codes + row * w.row_bytes, grid, of, which, totals);
+      function(w, w.codes + row * w.row_bytes, grid, found, of, which, totals);
       for (int64_t v = 0; v < of.tile && which * of.tile + v < product.vectors; ++v) {
         put_sixteen(product, (which * of.tile + v) * w.rows + row, 0xffff, totals[v]);
       }

@@ -1,13 +1,17 @@
 """Layers whose stored tensors move to memory that kernels read fast."""
 
+import copy
 from itertools import pairwise
 
 import pytest
 import torch
 
 from fewbits.core.tensor import CompressedTensor
+from fewbits.formats.lines import Lines
+from fewbits.formats.sparse import Sparse
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import native
+from fewbits.layers.embedding import CompressedEmbedding, TiedHead
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 
 
@@ -48,3 +52,59 @@ def test_a_piece_that_is_full_is_followed_by_another():
     for number, room in enumerate(rooms_like):
         room.fill_(number)
     assert [int(room.sum(dtype=torch.int64)) for room in rooms_like] == [number * size for number in range(7)]
+
+
+@pytest.fixture
+def in_lines():
+    """A layer some of whose terms lie in lines, and the same layer before that."""
+    if "avx512vnni" not in native.available():
+        pytest.skip("no kernel here reads lines")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (64, 96), generator=generator)
+    terms = (
+        Uniform.from_codes(codes, torch.rand(64, 3, generator=generator).half(), torch.randint(16, (64, 3)), bits=4, group_size=32),
+        Sparse.from_dense(torch.randn(64, 96, generator=generator), torch.rand(64, 96, generator=generator) < 0.05),
+    )
+    stored = StoredLinear(CompressedTensor(terms))
+    return CompressedLinear(stored, torch.randn(64)).settle(native.Rooms()), stored
+
+
+def test_a_layer_in_lines_computes_and_stores_what_it_did(in_lines):
+    layer, stored = in_lines
+    assert isinstance(layer.laid.weight.terms[0], Lines) and layer.laid.weight.terms[1].kind == "sparse"
+    assert layer.stored.settings() == stored.settings() and layer.laid is layer.laid
+    tensors = layer.stored.tensors()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in stored.tensors().items())
+    assert sum(layer.laid.bits().values()) == sum(stored.bits().values())
+    inputs = torch.randn(3, 96)
+    torch.testing.assert_close(layer(inputs), inputs @ stored.weight.decode().T + layer.bias, atol=1e-4, rtol=1e-5)
+    assert torch.equal(layer.weight, stored.weight.decode())
+
+
+def test_what_is_saved_of_a_layer_in_lines_lies_by_rows_and_is_loaded_so(in_lines):
+    layer, stored = in_lines
+    plain = CompressedLinear(stored, layer.bias.data)
+    saved, expected = layer.state_dict(), plain.state_dict()
+    assert list(saved) == list(expected) and all(torch.equal(saved[name], expected[name]) for name in expected)
+    other = CompressedLinear(StoredLinear(stored.weight.taken(torch.arange(63, -1, -1))), layer.bias.data)
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.weight, other.weight)
+    assert torch.equal(layer.settle(native.Rooms()).weight, other.weight)
+
+
+def test_a_layer_in_lines_is_copied_cast_and_moved(in_lines):
+    layer, stored = in_lines
+    copied = copy.deepcopy(layer).bfloat16()
+    assert isinstance(copied.laid.weight.terms[0], Lines) and torch.equal(copied.weight, stored.weight.decode())
+    moved = copy.deepcopy(layer).to("meta")
+    assert moved.stored.settings() == stored.settings() and not isinstance(moved.laid.weight.terms[0], Lines)
+
+
+def test_an_embedding_in_lines_gives_its_rows(in_lines):
+    _, stored = in_lines
+    stored = StoredLinear(CompressedTensor(stored.weight.terms[:1]))
+    table = CompressedEmbedding(stored).settle(native.Rooms())
+    tokens, weight = torch.tensor([[5, 0], [63, 17]]), stored.weight.decode()
+    assert isinstance(table.laid.weight.terms[0], Lines) and torch.equal(table(tokens), weight[tokens])
+    inputs = torch.randn(2, 96)
+    torch.testing.assert_close(TiedHead(table)(inputs), inputs @ weight.T, atol=1e-4, rtol=1e-5)

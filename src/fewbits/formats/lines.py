@@ -43,7 +43,7 @@ class Lines(Coded):
 
     def plain(self) -> Coded:
         """The term with everything by rows again."""
-        return _with(self.term, lambda tensor, item: _by_lines(tensor, item).mT.contiguous().view(tensor.dtype).view(tensor.shape))
+        return _with(self.term, lambda tensor, item: _by_lines(tensor, item).mT.flatten().view(tensor.dtype).view(tensor.shape))
 
     def described(self) -> Description | None:
         found = self.term.described()
@@ -55,7 +55,7 @@ class Lines(Coded):
     def taken(self, rows: Tensor) -> Term:
         def take(tensor: Tensor, item: int) -> Tensor:
             found = _by_lines(tensor, item)[rows // ROWS, :, rows % ROWS]
-            return found.contiguous().view(tensor.dtype).view(len(rows), tensor.shape[1])
+            return found.flatten().view(tensor.dtype).view(len(rows), tensor.shape[1])
 
         taken = self.term.taken(rows)  # of what lies in lines, from wrong places
         return replace(taken, **{name: take(getattr(self.term, name), item) for name, item in _laid(self.term).items()})

@@ -20,7 +20,8 @@ except ImportError:
 
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512vnni", "neon", "neondot")  # every name that FEWBITS_FORCE_ISA may hold
 _LARGE = 4 * 2**20  # bytes of a tensor that has whole large pages, of 2 MiB, in it
-_PIECE, _LINE = 16 * 2**20, 64  # bytes that small tensors share, and that each begins at a multiple of
+_PIECE, _LINES = 16 * 2**20, 256  # bytes that small tensors share, and that each begins at a multiple of
+_PAGE = 2 * 2**20  # bytes of a large page
 _NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -211,7 +212,7 @@ class Rooms:
         if self._at + tensor.nbytes > self._piece.numel():
             self._piece, self._at = room_like(torch.empty(_PIECE, dtype=torch.uint8, device="meta")), 0
         cut = self._piece[self._at : self._at + tensor.nbytes]
-        self._at += (tensor.nbytes + _LINE - 1) // _LINE * _LINE
+        self._at += (tensor.nbytes + _LINES - 1) // _LINES * _LINES
         return cut.view(tensor.dtype).view(tensor.shape)
 
     def moved(self, tensor: Tensor) -> Tensor:
@@ -227,11 +228,16 @@ def is_large(tensor: Tensor) -> bool:
 
 
 def room_like(tensor: Tensor) -> Tensor:
-    """Memory for a tensor of this shape and dtype on the CPU, not written yet; in large pages where it is large and kernels were built."""
-    room = torch.empty(tensor.shape, dtype=tensor.dtype)
-    if _extension is not None and is_large(room):
-        _extension.prefer_large_pages(room.data_ptr(), room.nbytes)
-    return room
+    """Memory for a tensor of this shape and dtype on the CPU, not written yet; in large pages from the first byte on where it is large and
+    kernels were built. What is asked of the system beyond that is never touched.
+    """
+    if _extension is None or not is_large(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    room = torch.empty(tensor.nbytes + _PAGE, dtype=torch.uint8)
+    begin = -room.data_ptr() % _PAGE
+    room = room[begin : begin + tensor.nbytes]
+    _extension.prefer_large_pages(room.data_ptr(), room.nbytes)
+    return room.view(tensor.dtype).view(tensor.shape)
 
 
 def buffers(tensors: Sequence[Tensor]) -> list[int]:

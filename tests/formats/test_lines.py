@@ -1,0 +1,100 @@
+"""Codes in lines: the order itself, there and back, and that a term computes the same in it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fewbits.formats.binary import Binary
+from fewbits.formats.codebook import Codebook
+from fewbits.formats.dense import Dense
+from fewbits.formats.lines import Lines, may_lie_in_lines, names_in_lines
+from fewbits.formats.uniform import Uniform
+from fewbits.kernels import native
+
+READ = pytest.mark.skipif("avx512vnni" not in native.available(), reason="no kernel here reads lines")
+
+
+def uniform(rows: int, columns: int, bits: int = 4, group_size: int = 32, zeros: str = "integer", seed: int = 0) -> Uniform:
+    generator = torch.Generator().manual_seed(seed)
+    groups = -(-columns // group_size)
+    codes = torch.randint(2**bits, (rows, columns), generator=generator)
+    points = {
+        "none": None,
+        "integer": torch.randint(2**bits, (rows, groups), generator=generator),
+        "real": torch.rand(rows, groups, generator=generator).half(),
+    }[zeros]
+    return Uniform.from_codes(codes, (torch.rand(rows, groups, generator=generator) + 0.1).half(), points, bits=bits, group_size=group_size)
+
+
+def test_a_line_is_a_word_of_each_of_sixteen_rows_and_scales_a_number_of_each():
+    term = uniform(32, 64, group_size=32, zeros="real")
+    laid = Lines.lay(term).term
+    words, lines = term.codes.view(torch.int32), laid.codes.view(torch.int32).view(2, 8, 16)
+    for row, word in ((0, 0), (3, 0), (3, 7), (16, 0), (31, 5)):
+        assert lines[row // 16, word, row % 16] == words[row, word]
+    for tensor, lies in ((term.scales, laid.scales), (term.zero_points, laid.zero_points)):
+        assert all(lies.view(2, 2, 16)[row // 16, group, row % 16] == tensor[row, group] for row in (0, 7, 16, 31) for group in (0, 1))
+    assert names_in_lines(term) == ("codes", "scales", "zero_points")
+
+
+@given(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.sampled_from([1, 2, 3, 4, 5, 8]),
+    st.sampled_from(["none", "integer", "real"]),
+    st.integers(0, 99),
+)
+def test_there_and_back_is_what_it_was(sixteens, runs, bits, zeros, seed):
+    term = uniform(16 * sixteens, 32 * runs, bits, zeros=zeros, seed=seed)
+    laid = Lines.lay(term)
+    assert laid.shape == term.shape and laid.bits().values() and sum(laid.bits().values()) == sum(term.bits().values())
+    back = laid.plain().tensors()
+    assert all(torch.equal(back[name], tensor) for name, tensor in term.tensors().items())
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        uniform(32, 96),
+        uniform(48, 64, bits=3, zeros="real"),
+        Codebook.from_codes(torch.randint(16, (32, 64)), torch.randn(1, 1, 16).half(), torch.rand(32, 2), bits=4, group_size=32),
+        Binary.from_signs(torch.randn(32, 64), torch.rand(32, 2).half(), torch.randn(32, 2).half(), group_size=32),
+    ],
+    ids=["uniform", "3 bits", "codebook", "signs"],
+)
+def test_a_term_in_lines_decodes_and_gives_rows_as_it_does(term):
+    laid, rows = Lines.lay(term), torch.tensor([3, 30, 16, 3])
+    assert torch.equal(laid.decode(), term.define()) and torch.equal(laid.define(), term.define())
+    assert torch.equal(laid.decode(torch.bfloat16), term.define(torch.bfloat16))
+    assert torch.equal(laid.taken(rows).decode(), term.define()[rows])
+    inputs = torch.randn(3, term.shape[1])
+    torch.testing.assert_close(laid.matmul(inputs), inputs @ term.define().T, atol=2e-4, rtol=1e-5)
+
+
+def test_terms_in_lines_are_joined_by_rows():
+    above, below = uniform(16, 32), uniform(32, 32, seed=1)
+    both = Lines.lay(above).stacked(Lines.lay(below))
+    assert torch.equal(both.decode(), torch.cat([above.decode(), below.decode()]))
+    wide = Lines.lay(uniform(16, 64)).widened(uniform(16, 32, seed=2))
+    assert torch.equal(wide.decode(), torch.cat([uniform(16, 64).decode(), uniform(16, 32, seed=2).decode()], 1))
+
+
+@READ
+def test_only_what_a_kernel_reads_faster_so_lies_in_lines():
+    assert may_lie_in_lines(uniform(32, 96))
+    assert not may_lie_in_lines(Lines.lay(uniform(32, 96)))  # it does
+    assert not may_lie_in_lines(uniform(24, 96))  # no sixteens
+    assert not may_lie_in_lines(uniform(32, 100, group_size=100))  # words that end inside of a line's columns
+    assert not may_lie_in_lines(uniform(32, 96, group_size=24))  # groups that do
+    assert not may_lie_in_lines(Dense(torch.rand(32, 32).half()))
+    levels = torch.randn(32, 1, 16).half()
+    assert not may_lie_in_lines(Codebook.from_codes(torch.randint(16, (32, 64)), levels, bits=4))  # levels of each row
+
+
+@READ
+@pytest.mark.parametrize("isa", ["none", "scalar", "avx2", "avx512"])
+def test_kernels_that_do_not_read_lines_are_given_none(isa, monkeypatch):
+    if isa in ("none", *native.available()):
+        monkeypatch.setenv("FEWBITS_FORCE_ISA", isa)
+        assert not may_lie_in_lines(uniform(32, 96))
