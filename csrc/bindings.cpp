@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "attention.h"
+#include "decoder_bindings.h"
 #include "feedback_job.h"
 #include "kmeans.h"
 #include "panels.h"
@@ -229,5 +230,6 @@ NB_MODULE(_native, module) {
              "Vectors times a Hadamard matrix, with signs or without.");
   module.def("reorder", &reorder, nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"), "Features of vectors in another order.");
   fewbits::bind_sums(module);
+  fewbits::bind_decoder(module);
   module.def("read_pass", &read_pass, nb::arg("address"), nb::arg("bytes"), nb::arg("threads"), "Reads all bytes: what memory can give.");
 }
