@@ -181,7 +181,12 @@ void Stack::run(const std::string& isa, const Token& token, const std::vector<Ke
   threads = std::max(threads, 1);
   const int64_t pieces = pieces_of(token.before + 1), bytes = layers_[0]->hidden * size_of(layers_[0]->number);
   if (plan_ == nullptr || !plan_->serves(isa, pieces, threads, digits)) plan_.reset(new Plan(isa, *this, pieces, threads, digits));
-  plan_->run(token, kept, bytes);
+  try {
+    plan_->run(token, kept, bytes);
+  } catch (...) {  // what a plan knows of broken matrices is for one token
+    plan_.reset();
+    throw;
+  }
 }
 
 }  // namespace fewbits
