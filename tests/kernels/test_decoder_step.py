@@ -54,18 +54,18 @@ def test_parts_that_do_not_fit_are_refused(words, given):
 def test_calls_that_do_not_fit_are_refused():
     step, isa = DecoderStep(HEADS, sums(), norms(24, 24), [1e-6] * 2), native.chosen()
     held = [torch.zeros(1, size) for size in (24, 8, 8, 32, 16, 16)]
-    step._native.before(isa, native.buffers(held), 1, 1, 1, 3)
+    step.native.before(isa, native.buffers(held), 1, 1, 1, 3)
     for place in range(6):
         short = [one[:, 1:].contiguous() if index == place else one for index, one in enumerate(held)]
         with pytest.raises(ValueError, match="a buffer is not of the size that the step needs"):
-            step._native.before(isa, native.buffers(short), 1, 1, 1, 3)
+            step.native.before(isa, native.buffers(short), 1, 1, 1, 3)
     for tokens, positions, digits in ((0, 1, 3), (1, 2, 3), (1, 0, 3), (2**41, 1, 3), (1, 1, 4)):
         with pytest.raises(ValueError, match=r"out of range|position|digits"):
-            step._native.before(isa, native.buffers(held), tokens, positions, 1, digits)
+            step.native.before(isa, native.buffers(held), tokens, positions, 1, digits)
     with pytest.raises(ValueError, match="more or fewer buffers"):
-        step._native.after(isa, native.buffers(held), 1, 1, 3)
+        step.native.after(isa, native.buffers(held), 1, 1, 3)
     with pytest.raises(ValueError, match="instruction set none is not available"):
-        step._native.before("none", native.buffers(held), 1, 1, 1, 3)
+        step.native.before("none", native.buffers(held), 1, 1, 1, 3)
 
 
 def test_a_norm_of_zeros_is_its_epsilon(monkeypatch):

@@ -23,7 +23,6 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from fewbits.kernels.decoder_stack import DecoderStack
 from fewbits.kernels.decoder_step import Way
-from fewbits.kernels.dispatch import counts
 from fewbits.models import decoder_steps
 from fewbits.models.growing_cache import growing_layers
 from fewbits.models.packed_attention import EXCHANGED
@@ -78,7 +77,9 @@ class _Parts:
 
     def _windows(self) -> float:
         """Up to how many tokens every layer sees all of them."""
-        found = [layer.window_of(layer.self_attn).get("sliding_window") for layer in self.layers if isinstance(layer, decoder_steps.Stepping)]
+        found = [
+            layer.window_of(layer.self_attn).get("sliding_window") for layer in self.layers if isinstance(layer, decoder_steps.Stepping)
+        ]
         return min((one for one in found if one is not None), default=float("inf"))
 
     def _stack_of(self, model: Any, parts: list[decoder_steps.Parts]) -> DecoderStack | None:
