@@ -11,6 +11,7 @@
 #include "reader.h"
 #include "runtime.h"
 #include "sum_bindings.h"
+#include "watch_bindings.h"
 
 namespace nb = nanobind;
 using fewbits::Coded;
@@ -231,5 +232,6 @@ NB_MODULE(_native, module) {
   module.def("reorder", &reorder, nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"), "Features of vectors in another order.");
   fewbits::bind_sums(module);
   fewbits::bind_decoder(module);
+  fewbits::bind_watch(module);
   module.def("read_pass", &read_pass, nb::arg("address"), nb::arg("bytes"), nb::arg("threads"), "Reads all bytes: what memory can give.");
 }

@@ -71,14 +71,14 @@ class Parts:
 
     def plain(self) -> bool:
         """Whether calling the parts would do nothing but what their classes say."""
-        if any(self.hooks) or any(map(dict.__contains__, self.own, FORWARD)):
+        if any(self.hooks) or any(map(dict.__contains__, self.own, _FORWARD)):
             return False
         kinds = all(map(operator.is_, map(type, self.modules), self.kinds))
-        return kinds and all(map(operator.is_, map(forward_of, self.kinds), self.forwards))
+        return kinds and all(map(operator.is_, map(_forward_of, self.kinds), self.forwards))
 
 
-FORWARD = itertools.repeat("forward")
-forward_of = operator.attrgetter("forward")
+_FORWARD = itertools.repeat("forward")
+_forward_of = operator.attrgetter("forward")
 _PARTS: weakref.WeakKeyDictionary[nn.Module, Parts] = weakref.WeakKeyDictionary()
 
 
