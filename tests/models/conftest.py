@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -19,7 +20,9 @@ from fewbits.formats.dense import Dense
 from fewbits.formats.lowrank import LowRank
 from fewbits.formats.sparse import Sparse
 from fewbits.formats.uniform import Uniform
+from fewbits.kernels.dispatch import counts
 from fewbits.layers.linear import CompressedLinear, StoredLinear
+from fewbits.models.natively import compute_natively
 
 # Of the largest logit. Means of squares are added up in another order and exponentials are within two units in the last place, so that
 # float32 numbers differ by a few of 2**-24; numbers of 16 bits are rounded where the layer rounds them, and one in thousands rounds to
@@ -35,6 +38,8 @@ KINDS = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES | {"head_dim": 16})),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
 }
+
+TOKENS = torch.randint(1, 61, (2, 60), generator=torch.Generator().manual_seed(1))
 
 
 def _uniform(weight):
@@ -96,3 +101,41 @@ def assert_close():
 def dense():
     """A dense model of a kind."""
     return lambda kind: KINDS[kind]()
+
+
+@pytest.fixture
+def stacked(compressed):
+    def make(kind="llama", dtype=torch.float32):
+        model = compressed(kind, dtype)
+        compute_natively(model)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def run():
+    """What a call gives, without gradients, and how many tokens and layers went through native calls meanwhile."""
+
+    def made(call):
+        before = counts.copy()
+        with torch.no_grad():
+            found = call()
+        return found, {name: counts[name] - before[name] for name in ("decoder_stack", "decoder_step") if counts[name] > before[name]}
+
+    return made
+
+
+@pytest.fixture
+def logits():
+    """Of some tokens of one sequence, given piece by piece to a cache."""
+
+    def made(model, cache=None, pieces=(20, 1, 1, 2, 1, 1, 1), begin=0, mask=False):
+        cache, found, seen = DynamicCache(config=model.config) if cache is None else cache, [], begin
+        for size in pieces:
+            given = {"attention_mask": torch.ones(1, seen + size, dtype=torch.long)} if mask else {}
+            found.append(model(input_ids=TOKENS[:1, seen : seen + size], cache=cache, use_cache=True, **given).logits)
+            seen += size
+        return torch.cat(found, 1)
+
+    return made

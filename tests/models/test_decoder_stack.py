@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from fewbits.core.tensor import CompressedTensor
@@ -18,15 +17,14 @@ from fewbits.kernels.dispatch import counts
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.methods.kvcache.kivi import Kivi
 from fewbits.models.decoder_stack import stack_by_itself, stack_natively
-from fewbits.models.growing_cache import GrowingLayer
 from fewbits.models.hf_cache import CompressedCache
 from fewbits.models.natively import compute_by_itself, compute_natively
 from fewbits.models.packed_attention import attend_natively
 
 KINDS = ("llama", "llama, biases", "mistral", "qwen2", "qwen3")
 TOKENS = torch.randint(1, 61, (2, 60), generator=torch.Generator().manual_seed(1))
-PIECES = (20, 1, 1, 2, 1, 1, 1)  # the fourth is no single token
-SINGLE = sum(size == 1 for size in PIECES)
+PIECES = 7  # that the logits are made of; all but the first, a prompt, and the fourth, of two tokens, are single ones
+SINGLE = 5
 pytestmark = [
     pytest.mark.skipif(not native.available(), reason="the native kernels were not built"),
     pytest.mark.skipif(
@@ -36,35 +34,9 @@ pytestmark = [
 GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 
-@pytest.fixture
-def stacked(compressed):
-    def make(kind="llama", dtype=torch.float32):
-        model = compressed(kind, dtype)
-        compute_natively(model)
-        return model
-
-    return make
-
-
-def run(call):
-    before = counts.copy()
-    with torch.no_grad():
-        found = call()
-    return found, {name: counts[name] - before[name] for name in ("decoder_stack", "decoder_step") if counts[name] > before[name]}
-
-
-def logits(model, cache=None, pieces=PIECES, begin=0, mask=False, **options):
-    cache, found, seen = DynamicCache(config=model.config) if cache is None else cache, [], begin
-    for size in pieces:
-        given = {"attention_mask": torch.ones(1, seen + size, dtype=torch.long)} if mask else {}
-        found.append(model(input_ids=TOKENS[:1, seen : seen + size], cache=cache, use_cache=True, **given, **options).logits)
-        seen += size
-    return torch.cat(found, 1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_are_those_of_the_models_own_forward(kind, dtype, compressed, assert_close):
+def test_tokens_are_those_of_the_models_own_forward(kind, dtype, compressed, assert_close, run, logits):
     model = compressed(kind, dtype)
     expected, ran = run(lambda: logits(model))
     assert ran == {}
@@ -86,7 +58,7 @@ def test_tokens_are_those_of_the_models_own_forward(kind, dtype, compressed, ass
 
 
 @pytest.mark.parametrize("isa", native.available())
-def test_every_instruction_set_and_none(isa, monkeypatch, compressed, three_terms, assert_close):
+def test_every_instruction_set_and_none(isa, monkeypatch, compressed, three_terms, assert_close, run, logits):
     monkeypatch.setenv("FEWBITS_FORCE_ISA", isa)
     model = compressed("qwen3", terms=three_terms)
     expected, _ = run(lambda: logits(model))
@@ -100,7 +72,7 @@ def test_every_instruction_set_and_none(isa, monkeypatch, compressed, three_term
     assert_close(found, expected)
 
 
-def test_threads_and_digits_are_asked_for_at_every_token(monkeypatch, stacked):
+def test_threads_and_digits_are_asked_for_at_every_token(monkeypatch, stacked, run, logits):
     model, before = stacked("llama, biases", torch.bfloat16), torch.get_num_threads()
     found = []
     for threads in (1, 2, 3):
@@ -114,7 +86,7 @@ def test_threads_and_digits_are_asked_for_at_every_token(monkeypatch, stacked):
 
 
 @pytest.mark.parametrize("tokens", [510, 511, 512, 1030])
-def test_a_long_cache_is_attended_to_in_pieces(tokens, assert_close, stacked):
+def test_a_long_cache_is_attended_to_in_pieces(tokens, assert_close, stacked, run):
     model, before = stacked("llama", torch.float32), torch.get_num_threads()
     prompt = torch.randint(1, 61, (1, tokens), generator=torch.Generator().manual_seed(2))
 
@@ -133,131 +105,24 @@ def test_a_long_cache_is_attended_to_in_pieces(tokens, assert_close, stacked):
     assert_close(found, expected)
 
 
-def test_generated_tokens_are_the_same(compressed):
+def test_generated_tokens_are_the_same(compressed, run):
     for kind in ("llama", "mistral", "qwen2", "qwen3"):
         model = compressed(kind)
         ways = {"greedy": {}, "beams": {"num_beams": 3}, "looked up": {"prompt_lookup_num_tokens": 3}}
-        made = {
-            name: run(lambda way=way: model.generate(TOKENS[:1, :10], max_new_tokens=14, **GREEDY, **way))[0] for name, way in ways.items()
-        }
+
+        def make(way, model=model):
+            return run(lambda: model.generate(TOKENS[:1, :10], max_new_tokens=14, **GREEDY, **way))
+
+        made = {name: make(way)[0] for name, way in ways.items()}
         compute_natively(model)
         for name, way in ways.items():
-            found, ran = run(lambda way=way: model.generate(TOKENS[:1, :10], max_new_tokens=14, **GREEDY, **way))
+            found, ran = make(way)
             assert torch.equal(found, made[name]), (kind, name)
             assert name != "greedy" or ran == {"decoder_stack": 13}
             assert name != "beams" or ran == {"decoder_step": 2 * 13}
 
 
-def test_a_cache_goes_on_after_generate(stacked):
-    model = stacked()
-    made, _ = run(lambda: model.generate(TOKENS[:1, :10], max_new_tokens=6, return_dict_in_generate=True, **GREEDY))
-    text = made.sequences
-    more, ran = run(lambda: model.generate(torch.cat([text, TOKENS[:1, :3]], 1), cache=made.cache, max_new_tokens=6, **GREEDY))
-    assert ran["decoder_stack"] == 5
-    compute_by_itself(model)
-    expected, _ = run(lambda: model.generate(torch.cat([text, TOKENS[:1, :3]], 1), max_new_tokens=6, **GREEDY))
-    assert torch.equal(more, expected)
-
-
-def change(name, cache):
-    """What is done to a cache of 22 tokens of one sequence, after which it has that many and so many sequences."""
-    if name == "crop":
-        cache.crop(-4)
-    elif name == "repeat":
-        cache.batch_repeat_interleave(2)
-    elif name == "repeat and select":
-        cache.batch_repeat_interleave(2)
-        cache.batch_select_indices(torch.tensor([1]))
-    elif name == "reorder":
-        cache.reorder_cache(torch.tensor([0]))
-    elif name == "reset":
-        cache.reset()
-    elif name == "assign":
-        for layer in cache.layers:
-            layer.keys = layer.keys[:, :, :-5]
-            layer.values = layer.values[:, :, :-5].clone()
-    elif name == "in place":
-        for layer in cache.layers:
-            layer.keys.mul_(0.5)
-            layer.values[:, :, 3] = 0.25
-
-
-@pytest.mark.parametrize("name", ["crop", "repeat", "repeat and select", "reorder", "reset", "assign", "in place"])
-def test_a_cache_can_do_what_it_could(name, compressed, assert_close):
-    found = []
-    for native_ones in (False, True):
-        model = compressed()
-        if native_ones:
-            compute_natively(model)
-        cache = DynamicCache(config=model.config)
-
-        def follow(model=model, cache=cache):
-            logits(model, cache, (20, 1, 1))
-            change(name, cache)
-            rows = max(len(cache.layers[0].keys), 1) if cache.layers[0].keys is not None else 1
-            seen = [cache.get_seq_length()]
-            parts = []
-            for size in (1, 3, 1, 1):
-                tokens = TOKENS[:1, 30 : 30 + size].expand(rows, -1)
-                parts.append(model(input_ids=tokens, cache=cache, use_cache=True).logits)
-                seen += [cache.get_seq_length(), tuple(cache.layers[1].keys.shape), tuple(cache.layers[1].values.shape)]
-            return torch.cat(parts, 1), seen, cache.layers[0].keys.clone()
-
-        found.append(run(follow))
-    (expected, lengths, keys), ran = found[0]
-    assert ran == {}
-    (here, here_lengths, here_keys), ran = found[1]
-    assert here_lengths == lengths
-    assert_close(here, expected)
-    assert_close(here_keys, keys)
-    assert ran["decoder_stack"] == 2 + {"repeat": 0, "reset": 2}.get(name, 3)
-
-
-def test_copies_and_views_of_a_cache_keep_what_they_were(assert_close, stacked):
-    model, cache = stacked(), None
-    cache = DynamicCache(config=model.config)
-    run(lambda: logits(model, cache, (20, 1)))
-    assert all(type(layer) is GrowingLayer and isinstance(layer, DynamicLayer) for layer in cache.layers)
-    views = [(layer.keys, layer.values) for layer in cache.layers]
-    before = [(keys.clone(), values.clone()) for keys, values in views]
-    shallow, deep, stored = DynamicCache(config=model.config), copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))
-    shallow.layers = [copy.copy(layer) for layer in cache.layers]
-    followed = [
-        run(lambda one=one: logits(model, one, (1, 1, 1), begin=begin))[0] for one, begin in ((cache, 21), (shallow, 30), (deep, 40))
-    ]
-    again, ran = run(lambda: logits(model, stored, (1, 1, 1), begin=21))
-    assert ran == {"decoder_stack": 3} and torch.equal(again, followed[0])
-    for (keys, values), (old_keys, old_values) in zip(views, before, strict=True):
-        assert torch.equal(keys, old_keys) and torch.equal(values, old_values)
-    for layer, (keys, values) in zip(cache.layers, views, strict=True):  # back to where it was
-        layer.keys, layer.values = keys, values
-    for one, begin, expected in ((cache, 21, 0), (cache, 24, None)):
-        found, ran = run(lambda one=one, begin=begin: logits(model, one, (1, 1, 1), begin=begin))
-        assert ran == {"decoder_stack": 3} and (expected is None or torch.equal(found, followed[expected]))
-    compute_by_itself(model)
-    for begin, expected in ((30, followed[1]), (40, followed[2])):
-        fresh = DynamicCache(config=model.config)
-        run(lambda fresh=fresh: logits(model, fresh, (21,)))
-        assert_close(expected, run(lambda fresh=fresh, begin=begin: logits(model, fresh, (1, 1, 1), begin=begin))[0])
-
-
-def test_rooms_grow_and_serve_inside_and_outside_of_inference_mode(stacked):
-    model = stacked("llama", torch.bfloat16)
-    cache = DynamicCache(config=model.config)
-    with torch.inference_mode():
-        first = logits(model, cache, (20, 1, 1))
-    room = cache.layers[0]._rooms[0]
-    assert room.shape[2] == 20 + 256 and cache.layers[0].keys.data_ptr() == room.data_ptr()
-    second, ran = run(lambda: logits(model, cache, (1, 3, 1), begin=22))
-    assert ran["decoder_stack"] == 2 and cache.layers[0].keys.data_ptr() == room.data_ptr()  # what three tokens added lies there too
-    with torch.inference_mode():
-        other = logits(model, DynamicCache(config=model.config), (20, 1, 1, 1, 3, 1))
-    assert torch.equal(torch.cat([first, second], 1), other)
-    run(lambda: [model(input_ids=TOKENS[:1, :1], cache=cache, use_cache=True) for _ in range(300)])
-    assert cache.get_seq_length() == 327 and cache.layers[0]._rooms[0].shape[2] == 276 + 256
-
-
-def test_a_window_is_left_to_the_layers_once_tokens_leave_it(compressed, dense, assert_close):
+def test_a_window_is_left_to_the_layers_once_tokens_leave_it(compressed, dense, assert_close, run, logits):
     for config in (DynamicCache(config=dense("mistral, a window").config), DynamicCache()):
         model = compressed("mistral, a window")
         expected, _ = run(lambda model=model, config=config: logits(model, copy.deepcopy(config), (3, *[1] * 12)))
@@ -268,7 +133,7 @@ def test_a_window_is_left_to_the_layers_once_tokens_leave_it(compressed, dense, 
 
 
 @torch.no_grad()
-def test_replaced_buffers_and_parameters_are_seen(assert_close, stacked):
+def test_replaced_buffers_and_parameters_are_seen(assert_close, stacked, run, logits):
     model = stacked("llama, biases")
     layer = model.model.layers[1]
 
@@ -310,7 +175,7 @@ def test_replaced_buffers_and_parameters_are_seen(assert_close, stacked):
     assert "decoder_stack" not in run(lambda: logits(model, pieces=(9, 1)))[1] or model.config.num_hidden_layers == 1
 
 
-def test_what_the_call_does_not_do_is_left_to_the_layers(compressed, assert_close, stacked):
+def test_what_the_call_does_not_do_is_left_to_the_layers(compressed, assert_close, stacked, run, logits):
     model, own = stacked(), compressed()
     mask = torch.ones(1, 22, dtype=torch.long)
     mask[0, :3] = 0
@@ -347,7 +212,7 @@ def test_what_the_call_does_not_do_is_left_to_the_layers(compressed, assert_clos
                 assert_close(one, two)
 
 
-def test_other_caches_attentions_and_several_sequences_are_left_to_the_layers(compressed, assert_close, stacked):
+def test_other_caches_attentions_and_several_sequences_are_left_to_the_layers(compressed, assert_close, stacked, run, logits):
     model, own = stacked(), compressed()
     static, packed = StaticCache(config=model.config, max_cache_len=64), CompressedCache(model, Kivi(bits=4, group_size=8, residual=8))
     for cache in (static, packed):
@@ -364,7 +229,7 @@ def test_other_caches_attentions_and_several_sequences_are_left_to_the_layers(co
     assert attend_natively(model) and run(lambda: logits(model))[1]["decoder_stack"] == SINGLE
 
 
-def test_hooks_are_called(assert_close, stacked):
+def test_hooks_are_called(assert_close, stacked, run, logits):
     model = stacked("qwen3")
     expected, _ = run(lambda: logits(model))
     places = ["model", "model.embed_tokens", "model.rotary_emb", "lm_head"]  # whose calls stay as they are
@@ -374,7 +239,7 @@ def test_hooks_are_called(assert_close, stacked):
         hook = model.get_submodule(name).register_forward_hook(lambda *given, called=called: called.append(1))
         found, ran = run(lambda: logits(model))
         hook.remove()
-        assert len(called) == len(PIECES) and ran.get("decoder_stack", 0) == SINGLE * (name in places), name
+        assert len(called) == PIECES and ran.get("decoder_stack", 0) == SINGLE * (name in places), name
         assert_close(found, expected)
     model.model.layers[0].forward = lambda states, **options: states * 0
     assert (run(lambda: logits(model))[0] - expected).abs().max() > 0.1
@@ -382,7 +247,7 @@ def test_hooks_are_called(assert_close, stacked):
     assert torch.equal(run(lambda: logits(model))[0], expected)
 
 
-def test_gradients_autocast_and_what_kernels_cannot_add_up_take_the_models_own(compressed, dense, assert_close, stacked):
+def test_gradients_autocast_and_what_kernels_cannot_add_up_take_the_models_own(compressed, dense, assert_close, stacked, run, logits):
     model = stacked()
     cache = DynamicCache(config=model.config)
     run(lambda: logits(model, cache, (20, 1)))
@@ -408,7 +273,7 @@ def test_gradients_autocast_and_what_kernels_cannot_add_up_take_the_models_own(c
 
 
 @pytest.mark.slow
-def test_a_compiled_model_takes_its_own(compressed, assert_close):
+def test_a_compiled_model_takes_its_own(compressed, assert_close, run):
     model = compressed()
     expected, _ = run(lambda: model(TOKENS[:1, :3], use_cache=False).logits)
     compute_natively(model)
@@ -418,7 +283,7 @@ def test_a_compiled_model_takes_its_own(compressed, assert_close):
     assert_close(found, expected)
 
 
-def test_names_copies_and_what_is_stored_stay(compressed, assert_close):
+def test_names_copies_and_what_is_stored_stay(compressed, assert_close, run, logits):
     model = compressed()
     names, shown = list(model.state_dict()), str(model)
     expected, _ = run(lambda: logits(model))

@@ -23,7 +23,7 @@ class DecoderStack:
         assert extension is not None
         self.steps, self.norm = tuple(steps), norm
         self.heads, self.dtype, self.hidden = steps[0].heads, steps[0].dtype, steps[0].hidden
-        self._native = extension.DecoderStack([step.native for step in steps], native.buffers((norm,)), epsilon, scale)
+        self.native = extension.DecoderStack([step.native for step in steps], native.buffers((norm,)), epsilon, scale)
 
     def run(self, way: Way, states: Tensor, angles: tuple[Tensor, Tensor], kept: Sequence[int], before: int) -> Tensor | None:
         """The normalized states `[1, 1, hidden]` of a token with those before its first layer, turned by cosines and sines `[width]`.
@@ -34,7 +34,7 @@ class DecoderStack:
         """
         outputs = torch.empty(states.shape, dtype=self.dtype)
         held = native.buffers((states, *angles, outputs))
-        if not self._native.run(way.isa, held, kept, before, way.threads, way.digits):
+        if not self.native.run(way.isa, held, kept, before, way.threads, way.digits):
             return None
         counts["decoder_stack"] += 1
         return outputs

@@ -29,20 +29,10 @@ from fewbits.models.stack_parts import StackParts
 try:
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY as _KNOWN
 except ImportError:  # of another transformers, whose layers take no `cache` either
-    _KNOWN = None
+    _KNOWN = None  # type: ignore[assignment]
 
-_GIVEN = {
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "cache",
-    "inputs_embeds",
-    "use_cache",
-    "return_dict",
-    "output_attentions",
-    "output_hidden_states",
-}
-_RECORDED = ("output_attentions", "output_hidden_states")  # which may be given too, and be false
+_RECORDED = ("output_attentions", "output_hidden_states")  # which may be given, and be false
+_GIVEN = {"input_ids", "attention_mask", "position_ids", "cache", "inputs_embeds", "use_cache", "return_dict", *_RECORDED}
 _PARTS: weakref.WeakKeyDictionary[nn.Module, StackParts] = weakref.WeakKeyDictionary()
 
 
@@ -67,12 +57,10 @@ def _token(model: Any, options: Mapping[str, Any]) -> BaseModelOutputWithPast | 
     layers = _room_for_one(cache, stack, parts.window, options.get("attention_mask"))
     if layers is None:
         return None
-    before = layers[0].get_seq_length()
+    before, kept = layers[0].get_seq_length(), [size for layer in layers for size in layer.held]
     states = options["inputs_embeds"] if tokens is None else model.embed_tokens(tokens)
     angles = model.rotary_emb(states, position_ids=torch.tensor([[before]]) if positions is None else positions)
-    found = (
-        stack.run(way, states, angles, [size for layer in layers for size in layer.held], before) if _fits(stack, states, angles) else None
-    )
+    found = stack.run(way, states, angles, kept, before) if _fits(stack, states, angles) else None
     if found is None:
         return None
     for layer in layers:
