@@ -124,7 +124,7 @@ def test_a_watch_sees_entries_types_and_addresses():
     module, one = torch.nn.ReLU(), object()
     first["a"] = one
     make = native.extension().Watch
-    watch = make([first, first, second], ["a", "b", "c"], [module], [tensor], [hooks], torch.Tensor.data_ptr)
+    watch = make([first, first, second], ["a", "b", "c"], [module], [tensor], [hooks], [], torch.Tensor.data_ptr)
     assert watch.same() and watch.empty()
     changes = {
         "an entry": (lambda: first.update(a=object()), lambda: first.update(a=one)),
@@ -145,6 +145,6 @@ def test_a_watch_sees_entries_types_and_addresses():
     tensor.data = old
     assert watch.same()
     with pytest.raises(ValueError, match="dictionaries"):
-        make([module], ["a"], [], [], [], torch.Tensor.data_ptr)
+        make([module], ["a"], [], [], [], [], torch.Tensor.data_ptr)
     with pytest.raises(ValueError, match="each owner has a name"):
-        make([first], [], [], [], [], torch.Tensor.data_ptr)
+        make([first], [], [], [], [], [], torch.Tensor.data_ptr)

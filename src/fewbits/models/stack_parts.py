@@ -55,7 +55,8 @@ class StackParts:
         empty = [found for module in self.modules for found in (module._forward_hooks, module._forward_pre_hooks)]
         empty += [hooks._global_forward_hooks, hooks._global_forward_pre_hooks]
         owners, names = [owner for owner, _ in held], [name for _, name in held]
-        return extension.Watch(owners, names, self.modules, tensors, empty, torch.Tensor.data_ptr)
+        behind = [address for one in tensors for address in (one._cdata, one.untyped_storage()._cdata)]  # what asking a tensor reads
+        return extension.Watch(owners, names, self.modules, tensors, empty, behind, torch.Tensor.data_ptr)
 
 
 def _window_of(layer: Any) -> int | None:
