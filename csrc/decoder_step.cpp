@@ -63,47 +63,9 @@ Stage stage_of_norm(const Products& products, const Norm& norm, Number number, c
   }};
 }
 
-// Where tasks of so many rows end: long ones come first, as long runs are fetched best, and then shorter ones, so that no thread waits for long.
-std::vector<int64_t> ends_of_tasks(int64_t rows, int threads) {
-  std::vector<int64_t> ends;
-  for (int64_t done = 0; done < rows; ends.push_back(done)) {
-    const int64_t next = 2 * (rows - done) / (3 * threads) / chunk_rows * chunk_rows;
-    done = threads == 1 ? rows : std::min(rows, done + std::max(next, chunk_rows));
-  }
-  return ends;
-}
-
-// What is read of some rows of a sum, but for what is short.
-Stretch codes_of(const Sum& sum, int64_t first, int64_t last) {
-  const Coded& matrix = *sum.terms[0].matrix;
-  if (matrix.form != Coded::packed) return {};
-  return {matrix.codes + first * matrix.row_bytes, (last - first) * matrix.row_bytes};
-}
-
-// The rows of some sums, one behind the other.
-Stage stage_of_all_rows(const std::vector<const Sum*>& sums, int threads, std::function<void(size_t sum, int64_t first, int64_t last, int worker)> work) {
-  std::vector<int64_t> begins{0};  // of each sum's rows
-  for (const Sum* sum : sums) begins.push_back(begins.back() + sum->rows);
-  const std::vector<int64_t> ends = ends_of_tasks(begins.back(), threads);
-  const auto parts = [=](int64_t task, auto each) {
-    const int64_t first = task == 0 ? 0 : ends[static_cast<size_t>(task - 1)], last = ends[static_cast<size_t>(task)];
-    for (size_t sum = 0; sum < sums.size(); ++sum) {
-      const int64_t from = std::max(first, begins[sum]), to = std::min(last, begins[sum + 1]);
-      if (from < to) each(sum, from - begins[sum], to - begins[sum]);
-    }
-  };
-  const auto run = [=](int64_t task, int worker) { parts(task, [&](size_t sum, int64_t first, int64_t last) { work(sum, first, last, worker); }); };
-  const auto reads = [=](int64_t task) {
-    Stretch found;
-    parts(task, [&](size_t sum, int64_t first, int64_t last) { if (found.bytes == 0) found = codes_of(*sums[sum], first, last); });
-    return found;
-  };
-  return {static_cast<int64_t>(ends.size()), run, reads};
-}
-
 // Rows of a layer that outputs are added to what came in.
 Stage stage_of_residual(const Products& products, const Sum& sum, const DecoderLayer& layer, const void* before, void* outputs, int64_t tokens, int threads, float* scratch) {
-  return stage_of_all_rows({&sum}, threads, [=, &products, &sum, &layer](size_t, int64_t first, int64_t last, int worker) {
+  return stage_of_rows({&sum}, threads, [=, &products, &sum, &layer](size_t, int64_t first, int64_t last, int worker) {
     products.multiply(0, first, last, outputs, scratch + worker * products.scratch_floats());
     for (int64_t token = 0; token < tokens; ++token) {
       const int64_t at = token * sum.rows + first;
@@ -114,7 +76,7 @@ Stage stage_of_residual(const Products& products, const Sum& sum, const DecoderL
 
 // The rows of gate and of up that belong together, and what is made of them, in the place of up.
 Stage stage_of_gates(const Products& products, const DecoderLayer& layer, void* gate, void* up, int64_t tokens, int threads, float* scratch) {
-  return stage_of_all_rows({&layer.gate}, threads, [=, &products, &layer](size_t, int64_t first, int64_t last, int worker) {
+  return stage_of_rows({&layer.gate}, threads, [=, &products, &layer](size_t, int64_t first, int64_t last, int worker) {
     float* own = scratch + worker * products.scratch_floats();
     products.multiply(0, first, last, gate, own);
     products.multiply(1, first, last, up, own);
@@ -137,7 +99,7 @@ void BeforePart::add_stages(std::vector<Stage>& stages, const BeforeAttention& j
   products_.place(normalized + floats_for(tokens_, layer_.hidden));
   stages.push_back(stage_of_norm(products_, layer_.before_attention, layer_.number, job.states, normalized, tokens_));
   products_.add_inner_stages(stages, threads_, room);
-  stages.push_back(stage_of_all_rows(sums_, threads_, [=](size_t sum, int64_t first, int64_t last, int worker) {
+  stages.push_back(stage_of_rows(sums_, threads_, [=](size_t sum, int64_t first, int64_t last, int worker) {
     void* outputs[] = {job.query, job.key, job.value};
     products_.multiply(sum, first, last, outputs[sum], room + worker * each);
   }));
