@@ -229,6 +229,14 @@ def test_other_caches_attentions_and_several_sequences_are_left_to_the_layers(co
     assert attend_natively(model) and run(lambda: logits(model))[1]["decoder_stack"] == SINGLE
 
 
+def test_what_is_left_to_the_models_own_forward_is_counted(stacked, logits, run):
+    model, before = stacked(), counts.copy()
+    run(lambda: logits(model))
+    assert (
+        counts["decoder_stack"] - before["decoder_stack"] == SINGLE and counts["decoder_model"] - before["decoder_model"] == PIECES - SINGLE
+    )
+
+
 def test_hooks_are_called(assert_close, stacked, run, logits):
     model = stacked("qwen3")
     expected, _ = run(lambda: logits(model))

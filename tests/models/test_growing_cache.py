@@ -130,3 +130,21 @@ def test_rooms_grow_and_serve_inside_and_outside_of_inference_mode(stacked, run,
     assert torch.equal(torch.cat([first, second], 1), other)
     run(lambda: [model(input_ids=TOKENS[:1, :1], cache=cache, use_cache=True) for _ in range(300)])
     assert cache.get_seq_length() == 327 and cache.layers[0]._rooms[0].shape[2] == 276 + 256
+
+
+def test_gradients_go_through_what_a_cache_gave(compressed, logits, run):
+    found = []
+    for native_ones in (False, True):
+        model = compressed("qwen3")
+        if native_ones:
+            compute_natively(model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        weight = model.model.layers[0].self_attn.q_norm.weight.requires_grad_()  # keys of this layer have no gradient, its queries have
+        cache = DynamicCache(config=model.config)
+        run(lambda model=model, cache=cache: logits(model, cache, (20, 1)))
+        steps = [logits(model, cache, (1,), begin=begin) for begin in (21, 22)]
+        sum(one.square().sum() for one in steps).backward()
+        found.append(weight.grad)
+    assert found[0].abs().sum() > 0
+    assert (found[0] - found[1]).abs().max() <= 1e-3 * found[0].abs().max()

@@ -21,6 +21,7 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from fewbits.kernels.decoder_stack import DecoderStack
 from fewbits.kernels.decoder_step import Way
+from fewbits.kernels.dispatch import counts
 from fewbits.models import decoder_steps
 from fewbits.models.growing_cache import growing_layers
 from fewbits.models.packed_attention import EXCHANGED
@@ -43,7 +44,10 @@ class _Stacked(nn.Module):
         if torch.compiler.is_compiling():
             return super().forward(*arguments, **options)
         found = None if arguments else _token(self, options)
-        return super().forward(*arguments, **options) if found is None else found
+        if found is None:
+            counts["decoder_model"] += 1
+            return super().forward(*arguments, **options)
+        return found
 
 
 def _token(model: Any, options: Mapping[str, Any]) -> BaseModelOutputWithPast | None:

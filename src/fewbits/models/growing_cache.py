@@ -25,7 +25,9 @@ class _Side:
     def __init__(self, place: int) -> None:
         self.place = place
 
-    def __get__(self, layer: Any, kind: type) -> Tensor | None:
+    def __get__(self, layer: Any, kind: type) -> Any:
+        if layer is None:
+            return self
         given: list[Tensor | None] = layer._given
         if given[self.place] is None and layer._rooms is not None:
             given[self.place] = layer._rooms[self.place][:, :, : layer._filled]
@@ -98,8 +100,8 @@ class GrowingLayer(_Growing):
         return self.keys, self.values
 
     def _takes(self, keys: Tensor, values: Tensor) -> bool:
-        """Whether states can be written into the rooms: what has none yet is left as it is."""
-        if self._rooms is None or torch.compiler.is_compiling() or keys.shape != values.shape:
+        """Whether states can be written into the rooms: what has none yet is left as it is, and so is what a gradient may go through."""
+        if self._rooms is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or keys.shape != values.shape:
             return False
         room = self._rooms[0]
         fits = all(type(one) is Tensor and one.dtype == room.dtype and one.is_cpu and not one.requires_grad for one in (keys, values))
