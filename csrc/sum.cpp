@@ -57,6 +57,10 @@ void fetch_rows(const Coded& matrix, int64_t first, int64_t last) {
   fetch(matrix.indices, begin * matrix.index_bytes, end * matrix.index_bytes);
 }
 
+}  // namespace
+
+namespace {
+
 // Where tasks of so many rows end: long ones come first, as long runs are fetched best, and then shorter ones, so that no thread waits for long.
 std::vector<int64_t> ends_of_tasks(int64_t rows, int threads) {
   std::vector<int64_t> ends;

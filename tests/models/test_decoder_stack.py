@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -227,6 +228,18 @@ def test_other_caches_attentions_and_several_sequences_are_left_to_the_layers(co
     model.set_attn_implementation("sdpa")
     assert run(lambda: logits(model))[1] == {"decoder_step": 2 * 6}
     assert attend_natively(model) and run(lambda: logits(model))[1]["decoder_stack"] == SINGLE
+
+
+def test_two_threads_may_ask_one_model(stacked):
+    model = stacked()
+
+    def make(row):
+        return model.generate(TOKENS[row : row + 1, :10], max_new_tokens=20, **GREEDY)
+
+    expected = [make(row) for row in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(make, (0, 1) * 4))
+    assert all(torch.equal(one, expected[place % 2]) for place, one in enumerate(found))
 
 
 def test_what_is_left_to_the_models_own_forward_is_counted(stacked, logits, run):
