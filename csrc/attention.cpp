@@ -15,8 +15,6 @@ const AttentionKernels& avx2_attention();
 const AttentionKernels& avx512_attention();
 const AttentionKernels& neon_attention();
 
-namespace {
-
 const AttentionKernels& find_attention(const std::string& isa) {
   find_kernels(isa);  // raises where this machine has no such instructions
 #if defined(FEWBITS_AVX512)
@@ -30,6 +28,8 @@ const AttentionKernels& find_attention(const std::string& isa) {
 #endif
   return scalar_attention();
 }
+
+namespace {
 
 std::vector<Piece> cut(const Attention& attention) {
   std::vector<Piece> pieces;

@@ -57,6 +57,7 @@ inline bool attends_packed(const Coded& w) {
 }
 
 // Raises std::invalid_argument where the instruction set is not available.
+const AttentionKernels& find_attention(const std::string& isa);
 void attend(const std::string& isa, const Attention& attention, int threads);
 
 }  // namespace fewbits

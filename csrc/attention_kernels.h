@@ -101,6 +101,16 @@ static int64_t scratch_floats(const Attention& a) {
   return lay_out(a, nullptr, &scratch);
 }
 
+}  // namespace attention
+}  // namespace FEWBITS_ISA
+}  // namespace fewbits
+
+#include "attention_plain.h"
+
+namespace fewbits {
+namespace FEWBITS_ISA {
+namespace attention {
+
 // ---- keys ---------------------------------------------------------------------------------------------------------------
 
 // The tokens of a piece under one head.
@@ -189,35 +199,6 @@ static void score_packed(const Attention& a, const Piece& piece, int64_t head, c
   const Keys keys{w, head * a.width, a.width, piece.at, piece.count, first, stride, s.scales, s.bias};
   for (int64_t r = 0; r < a.rows(); r += row_tile) {
     find[w.bits - 1](least(row_tile, a.rows() - r))(keys, query + r * a.width, s.bias + r * stride, scores + r * score_stride, s);
-  }
-}
-
-// Plain numbers of one head, as float32 [count, width up to whole lanes], padded with zeros.
-static void read_plain(const Attention& a, const Segment& segment, int64_t head, int64_t at, int64_t count, float* out) {
-  const int64_t padded = rounded_up(a.width, lanes), all = (segment.tokens - 1) * segment.token_stride + (a.heads - 1) * segment.head_stride + a.width;
-  for (int64_t t = 0; t < count; ++t) {
-    float* to = out + t * padded;
-    read_numbers(segment.plain, segment.number, (at + t) * segment.token_stride + head * segment.head_stride, a.width, all, to);
-    for (int64_t c = a.width; c < padded; ++c) to[c] = 0.0f;
-  }
-}
-
-static void score_plain(const Attention& a, const Piece& piece, int64_t head, const float* query, float* scores, const Scratch& s) {
-  const int64_t padded = rounded_up(a.width, lanes), whole = a.width / lanes * lanes;
-  for (int64_t done = 0; done < piece.count; done += panel) {
-    const int64_t count = least(panel, piece.count - done);
-    read_plain(a, *piece.keys, head, piece.at + done, count, s.plain);
-    for (int64_t r = 0; r < a.rows(); ++r) {
-      const float* q = query + r * a.width;
-      for (int64_t t = 0; t < count; ++t) {
-        const float* k = s.plain + t * padded;
-        Floats total = zeros();
-        for (int64_t c = 0; c < whole; c += lanes) total = multiply_add(load(q + c), load(k + c), total);
-        float found = sum(total);
-        for (int64_t c = whole; c < a.width; ++c) found += q[c] * k[c];
-        scores[r * score_stride + done + t] = found;
-      }
-    }
   }
 }
 
@@ -402,27 +383,6 @@ static void add_packed(const Attention& a, const Coded& w, int64_t at, int64_t c
   for (int64_t part = 0; part < a.heads * plan.slices; ++part) s.slice[part] = slice_groups(a, {w, plan, at, count}, part / plan.slices, part % plan.slices);
   for (int64_t done = 0; done < count; done += plan.tile) add_tile(a, {w, plan, at + done, least(plan.tile, count - done)}, s.slice, weights + done, s);
   finish_values(a, {w, plan, at, count}, s.slice, s, partial);
-}
-
-static void add_plain(const Attention& a, const Segment& segment, int64_t at, int64_t count, const float* weights, float* partial, const Scratch& s) {
-  const int64_t padded = rounded_up(a.width, lanes);
-  for (int64_t head = 0; head < a.heads; ++head) {
-    for (int64_t done = 0; done < count; done += panel) {
-      const int64_t tokens = least(panel, count - done);
-      read_plain(a, segment, head, at + done, tokens, s.plain);
-      for (int64_t r = 0; r < a.rows(); ++r) {
-        const float* weight = weights + (head * a.rows() + r) * score_stride + done;
-        float* out = partial + (head * a.rows() + r) * (2 + a.width) + 2;
-        for (int64_t c = 0; c < a.width; c += lanes) {
-          Floats total = zeros();
-          for (int64_t t = 0; t < tokens; ++t) total = multiply_add(spread(weight[t]), load(s.plain + t * padded + c), total);
-          float found[lanes];
-          store(found, total);
-          for (int64_t i = 0; i < least(lanes, a.width - c); ++i) out[c + i] += found[i];
-        }
-      }
-    }
-  }
 }
 
 // ---- a piece, and all of them -------------------------------------------------------------------------------------------

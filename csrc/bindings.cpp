@@ -4,12 +4,14 @@
 #include <nanobind/stl/vector.h>
 
 #include "attention.h"
+#include "decoder_bindings.h"
 #include "feedback_job.h"
 #include "kmeans.h"
 #include "panels.h"
 #include "reader.h"
 #include "runtime.h"
 #include "sum_bindings.h"
+#include "watch_bindings.h"
 
 namespace nb = nanobind;
 using fewbits::Coded;
@@ -229,5 +231,7 @@ NB_MODULE(_native, module) {
              "Vectors times a Hadamard matrix, with signs or without.");
   module.def("reorder", &reorder, nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"), "Features of vectors in another order.");
   fewbits::bind_sums(module);
+  fewbits::bind_decoder(module);
+  fewbits::bind_watch(module);
   module.def("read_pass", &read_pass, nb::arg("address"), nb::arg("bytes"), nb::arg("threads"), "Reads all bytes: what memory can give.");
 }

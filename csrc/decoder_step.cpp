@@ -2,10 +2,9 @@
 #include "decoder_step.h"
 
 #include <algorithm>
-#include <cmath>
 
+#include "decoder_parts.h"
 #include "room.h"
-#include "rounding.h"
 
 namespace fewbits {
 namespace {
@@ -15,44 +14,6 @@ constexpr int64_t heads_of_task = 8;
 
 // Memory for some numbers of up to 32 bits each.
 int64_t floats_for(int64_t tokens, int64_t numbers) { return whole_lines(tokens * numbers); }
-
-template <typename Any>
-float mean_of_squares(Any type, const void* numbers, int64_t at, int64_t count) {
-  float parts[16] = {};
-  int64_t i = 0;
-  for (; i + 16 <= count; i += 16) {
-    for (int lane = 0; lane < 16; ++lane) {
-      const float value = read_number(type, numbers, at + i + lane);
-      parts[lane] += value * value;
-    }
-  }
-  double sum = 0;
-  for (; i < count; ++i) sum += static_cast<double>(read_number(type, numbers, at + i)) * read_number(type, numbers, at + i);
-  for (const float part : parts) sum += part;
-  return static_cast<float>(sum / static_cast<double>(count));
-}
-
-// `norm.size` numbers from place `at` on of one array to the same place of another, which may be it.
-template <typename Any>
-void normalize(Any type, const Norm& norm, const void* from, void* to, int64_t at) {
-  const float factor = 1.0f / std::sqrt(mean_of_squares(type, from, at, norm.size) + norm.epsilon);
-  for (int64_t i = 0; i < norm.size; ++i) {
-    const float value = rounded(type, read_number(type, from, at + i) * factor);
-    write_number(type, read_number(type, norm.weight, i) * value, to, at + i);
-  }
-}
-
-// Turns the pairs of a head's channels, one of either half, by the angles of its position.
-template <typename Any>
-void rotate_head(Any type, void* head, int64_t at, const void* cosine, const void* sine, int64_t angle, int64_t width) {
-  const int64_t half = width / 2;
-  for (int64_t c = 0; c < half; ++c) {
-    const float low = read_number(type, head, at + c), high = read_number(type, head, at + half + c);
-    const auto times = [&](float value, const void* factors, int64_t place) { return rounded(type, value * read_number(type, factors, angle + place)); };
-    write_number(type, times(low, cosine, c) + times(-high, sine, c), head, at + c);
-    write_number(type, times(high, cosine, half + c) + times(low, sine, half + c), head, at + half + c);
-  }
-}
 
 // exp(x), to 2 units in the last place; what is below -87 counts as -87, what is above 88 as 88.
 inline float exponential(float x) {
@@ -104,7 +65,7 @@ Stage stage_of_norm(const Products& products, const Norm& norm, Number number, c
 
 // Rows of a layer that outputs are added to what came in.
 Stage stage_of_residual(const Products& products, const Sum& sum, const DecoderLayer& layer, const void* before, void* outputs, int64_t tokens, int threads, float* scratch) {
-  return stage_of_rows({&sum}, rows_of_task(sum.rows, threads), [=, &products, &sum, &layer](size_t, int64_t first, int64_t last, int worker) {
+  return stage_of_rows({&sum}, threads, [=, &products, &sum, &layer](size_t, int64_t first, int64_t last, int worker) {
     products.multiply(0, first, last, outputs, scratch + worker * products.scratch_floats());
     for (int64_t token = 0; token < tokens; ++token) {
       const int64_t at = token * sum.rows + first;
@@ -115,7 +76,7 @@ Stage stage_of_residual(const Products& products, const Sum& sum, const DecoderL
 
 // The rows of gate and of up that belong together, and what is made of them, in the place of up.
 Stage stage_of_gates(const Products& products, const DecoderLayer& layer, void* gate, void* up, int64_t tokens, int threads, float* scratch) {
-  return stage_of_rows({&layer.gate}, rows_of_task(layer.between, threads), [=, &products, &layer](size_t, int64_t first, int64_t last, int worker) {
+  return stage_of_rows({&layer.gate}, threads, [=, &products, &layer](size_t, int64_t first, int64_t last, int worker) {
     float* own = scratch + worker * products.scratch_floats();
     products.multiply(0, first, last, gate, own);
     products.multiply(1, first, last, up, own);
@@ -127,49 +88,72 @@ Stage stage_of_gates(const Products& products, const DecoderLayer& layer, void* 
 
 }  // namespace
 
-void before_attention(const Kernels& kernels, const DecoderLayer& layer, const BeforeAttention& job, int threads, int digits) {
-  threads = std::max(threads, 1);
-  const std::vector<const Sum*> sums{&layer.query, &layer.key, &layer.value};
-  Products products(kernels, sums, job.tokens, layer.number, digits);
-  const int64_t each = products.scratch_floats();
-  float* scratch = room.floats(each * threads + products.floats() + floats_for(job.tokens, layer.hidden));
-  float* normalized = scratch + each * threads;
-  products.place(normalized + floats_for(job.tokens, layer.hidden));
-  std::vector<Stage> stages{stage_of_norm(products, layer.before_attention, layer.number, job.states, normalized, job.tokens)};
-  products.add_inner_stages(stages, threads, scratch);
-  const int64_t rows = rows_of_task(layer.query.rows + 2 * layer.key.rows, threads);
-  stages.push_back(stage_of_rows(sums, rows, [&](size_t sum, int64_t first, int64_t last, int worker) {
+BeforePart::BeforePart(const Kernels& kernels, const DecoderLayer& layer, int64_t tokens, int threads, int digits)
+    : layer_(layer), sums_{&layer.query, &layer.key, &layer.value}, products_(kernels, sums_, tokens, layer.number, digits), tokens_(tokens), threads_(std::max(threads, 1)) {}
+
+int64_t BeforePart::floats() const { return products_.scratch_floats() * threads_ + products_.floats() + floats_for(tokens_, layer_.hidden); }
+
+void BeforePart::add_stages(std::vector<Stage>& stages, const BeforeAttention& job, float* room) {
+  const int64_t each = products_.scratch_floats();
+  float* normalized = room + each * threads_;
+  products_.place(normalized + floats_for(tokens_, layer_.hidden));
+  stages.push_back(stage_of_norm(products_, layer_.before_attention, layer_.number, job.states, normalized, tokens_));
+  products_.add_inner_stages(stages, threads_, room);
+  stages.push_back(stage_of_rows(sums_, threads_, [=](size_t sum, int64_t first, int64_t last, int worker) {
     void* outputs[] = {job.query, job.key, job.value};
-    products.multiply(sum, first, last, outputs[sum], scratch + worker * each);
+    products_.multiply(sum, first, last, outputs[sum], room + worker * each);
   }));
+}
+
+AfterPart::AfterPart(const Kernels& kernels, const DecoderLayer& layer, int64_t tokens, int threads, int digits)
+    : layer_(layer),
+      output_(kernels, {&layer.output}, tokens, layer.number, digits),
+      wide_(kernels, {&layer.gate, &layer.up}, tokens, layer.number, digits),
+      down_(kernels, {&layer.down}, tokens, layer.number, digits),
+      tokens_(tokens),
+      threads_(std::max(threads, 1)) {}
+
+int64_t AfterPart::scratch_floats() const { return std::max({output_.scratch_floats(), wide_.scratch_floats(), down_.scratch_floats()}); }
+
+int64_t AfterPart::floats() const {
+  const int64_t between = 2 * floats_for(tokens_, layer_.hidden) + 2 * floats_for(tokens_, layer_.between);
+  return scratch_floats() * threads_ + output_.floats() + wide_.floats() + down_.floats() + between;
+}
+
+void AfterPart::add_stages(std::vector<Stage>& stages, const AfterAttention& job, float* room) {
+  const int64_t narrow = floats_for(tokens_, layer_.hidden), middle = floats_for(tokens_, layer_.between);
+  float *states = room + scratch_floats() * threads_, *normalized = states + narrow, *gate = normalized + narrow, *up = gate + middle, *place = up + middle;
+  for (Products* products : {&output_, &wide_, &down_}) products->place(place), place += products->floats();
+  stages.push_back({output_.padded_vectors(), [this, job](int64_t token, int) { output_.prepare(job.attended, token); }});
+  output_.add_inner_stages(stages, threads_, room);
+  stages.push_back(stage_of_residual(output_, layer_.output, layer_, job.states, states, tokens_, threads_, room));
+  stages.push_back(stage_of_norm(wide_, layer_.before_mlp, layer_.number, states, normalized, tokens_));
+  wide_.add_inner_stages(stages, threads_, room);
+  stages.push_back(stage_of_gates(wide_, layer_, gate, up, tokens_, threads_, room));
+  stages.push_back({down_.padded_vectors(), [this, up](int64_t token, int) { down_.prepare(up, token); }});
+  down_.add_inner_stages(stages, threads_, room);
+  stages.push_back(stage_of_residual(down_, layer_.down, layer_, states, job.outputs, tokens_, threads_, room));
+}
+
+void AfterPart::check() const {
+  for (const Products* products : {&output_, &wide_, &down_}) products->check();
+}
+
+void before_attention(const Kernels& kernels, const DecoderLayer& layer, const BeforeAttention& job, int threads, int digits) {
+  BeforePart part(kernels, layer, job.tokens, threads, digits);
+  std::vector<Stage> stages;
+  part.add_stages(stages, job, room.floats(part.floats()));
   stages.push_back(stage_of_heads(layer, job));
   run_stages(threads, stages);
-  products.check();
+  part.check();
 }
 
 void after_attention(const Kernels& kernels, const DecoderLayer& layer, const AfterAttention& job, int threads, int digits) {
-  threads = std::max(threads, 1);
-  Products output(kernels, {&layer.output}, job.tokens, layer.number, digits), wide(kernels, {&layer.gate, &layer.up}, job.tokens, layer.number, digits),
-      down(kernels, {&layer.down}, job.tokens, layer.number, digits);
-  Products* all[] = {&output, &wide, &down};
-  int64_t each = 0, floats = 0;
-  for (const Products* products : all) each = std::max(each, products->scratch_floats()), floats += products->floats();
-  const int64_t narrow = floats_for(job.tokens, layer.hidden), middle = floats_for(job.tokens, layer.between);
-  float* scratch = room.floats(each * threads + floats + 2 * narrow + 2 * middle);
-  float *states = scratch + each * threads, *normalized = states + narrow, *gate = normalized + narrow, *up = gate + middle, *place = up + middle;
-  for (Products* products : all) products->place(place), place += products->floats();
-
-  std::vector<Stage> stages{{output.padded_vectors(), [&](int64_t token, int) { output.prepare(job.attended, token); }}};
-  output.add_inner_stages(stages, threads, scratch);
-  stages.push_back(stage_of_residual(output, layer.output, layer, job.states, states, job.tokens, threads, scratch));
-  stages.push_back(stage_of_norm(wide, layer.before_mlp, layer.number, states, normalized, job.tokens));
-  wide.add_inner_stages(stages, threads, scratch);
-  stages.push_back(stage_of_gates(wide, layer, gate, up, job.tokens, threads, scratch));
-  stages.push_back({down.padded_vectors(), [&](int64_t token, int) { down.prepare(up, token); }});
-  down.add_inner_stages(stages, threads, scratch);
-  stages.push_back(stage_of_residual(down, layer.down, layer, states, job.outputs, job.tokens, threads, scratch));
+  AfterPart part(kernels, layer, job.tokens, threads, digits);
+  std::vector<Stage> stages;
+  part.add_stages(stages, job, room.floats(part.floats()));
   run_stages(threads, stages);
-  for (const Products* products : all) products->check();
+  part.check();
 }
 
 }  // namespace fewbits

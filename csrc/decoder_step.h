@@ -37,6 +37,39 @@ struct AfterAttention {
   int64_t tokens;
 };
 
+// The stages of either part, for whoever runs them among others. They read a job's arrays, and use `room` of `floats()`, each time that they run;
+// layer and part stay where they are until then.
+class BeforePart {
+ public:
+  BeforePart(const Kernels& kernels, const DecoderLayer& layer, int64_t tokens, int threads, int digits);
+  int64_t floats() const;
+  void add_stages(std::vector<Stage>& stages, const BeforeAttention& job, float* room);  // up to queries, keys and values, which are not turned yet
+  void check() const { products_.check(); }
+
+ private:
+  const DecoderLayer& layer_;
+  const std::vector<const Sum*> sums_;
+  Products products_;
+  const int64_t tokens_;
+  const int threads_;
+};
+
+class AfterPart {
+ public:
+  AfterPart(const Kernels& kernels, const DecoderLayer& layer, int64_t tokens, int threads, int digits);
+  int64_t floats() const;
+  void add_stages(std::vector<Stage>& stages, const AfterAttention& job, float* room);
+  void check() const;
+
+ private:
+  int64_t scratch_floats() const;
+
+  const DecoderLayer& layer_;
+  Products output_, wide_, down_;
+  const int64_t tokens_;
+  const int threads_;
+};
+
 void before_attention(const Kernels& kernels, const DecoderLayer& layer, const BeforeAttention& job, int threads, int digits);
 void after_attention(const Kernels& kernels, const DecoderLayer& layer, const AfterAttention& job, int threads, int digits);
 

@@ -64,15 +64,45 @@ int64_t rows_of_task(int64_t rows, int threads) {
   return std::max(rows / (16 * threads) / chunk_rows * chunk_rows, chunk_rows);
 }
 
-Stage stage_of_rows(const std::vector<const Sum*>& sums, int64_t rows, std::function<void(size_t, int64_t, int64_t, int)> work) {
-  std::vector<int64_t> begins{0};  // of each sum's tasks
-  for (const Sum* sum : sums) begins.push_back(begins.back() + (sum->rows + rows - 1) / rows);
-  const auto run = [=](int64_t task, int worker) {
-    const size_t sum = place_of(begins, task);
-    const int64_t first = (task - begins[sum]) * rows;
-    work(sum, first, std::min(first + rows, sums[sum]->rows), worker);
+namespace {
+
+// Where tasks of so many rows end: long ones come first, as long runs are fetched best, and then shorter ones, so that no thread waits for long.
+std::vector<int64_t> ends_of_tasks(int64_t rows, int threads) {
+  std::vector<int64_t> ends;
+  for (int64_t done = 0; done < rows; ends.push_back(done)) {
+    const int64_t next = 2 * (rows - done) / (3 * threads) / chunk_rows * chunk_rows;
+    done = threads == 1 ? rows : std::min(rows, done + std::max(next, chunk_rows));
+  }
+  return ends;
+}
+
+// What is read of some rows of a sum, but for what is short.
+Stretch stretch_of(const Sum& sum, int64_t first, int64_t last) {
+  const Coded& matrix = *sum.terms[0].matrix;
+  if (matrix.form != Coded::packed) return {};
+  return {matrix.codes + first * matrix.row_bytes, (last - first) * matrix.row_bytes};
+}
+
+}  // namespace
+
+Stage stage_of_rows(const std::vector<const Sum*>& sums, int threads, std::function<void(size_t sum, int64_t first, int64_t last, int worker)> work) {
+  std::vector<int64_t> begins{0};  // of each sum's rows: tasks have whole chunks of each
+  for (const Sum* sum : sums) begins.push_back(begins.back() + (sum->rows + chunk_rows - 1) / chunk_rows * chunk_rows);
+  const std::vector<int64_t> ends = ends_of_tasks(begins.back(), threads);
+  const auto parts = [=](int64_t task, auto each) {
+    const int64_t first = task == 0 ? 0 : ends[static_cast<size_t>(task - 1)], last = ends[static_cast<size_t>(task)];
+    for (size_t sum = 0; sum < sums.size(); ++sum) {
+      const int64_t from = std::max(first - begins[sum], int64_t{0}), to = std::min(last - begins[sum], sums[sum]->rows);
+      if (from < to) each(sum, from, to);
+    }
   };
-  return {begins.back(), run};
+  const auto run = [=](int64_t task, int worker) { parts(task, [&](size_t sum, int64_t first, int64_t last) { work(sum, first, last, worker); }); };
+  const auto reads = [=](int64_t task) {
+    Stretch found;
+    parts(task, [&](size_t sum, int64_t first, int64_t last) { if (found.bytes == 0) found = stretch_of(*sums[sum], first, last); });
+    return found;
+  };
+  return {static_cast<int64_t>(ends.size()), run, reads};
 }
 
 Products::Products(const Kernels& kernels, const std::vector<const Sum*>& sums, int64_t vectors, Number number, int digits)
@@ -183,15 +213,14 @@ void multiply_sums(const Kernels& kernels, const std::vector<Sum>& sums, const v
   if (vectors == 0 || sums.empty()) return;
   threads = std::max(threads, 1);
   std::vector<const Sum*> given;
-  int64_t rows = 0;
-  for (const Sum& sum : sums) given.push_back(&sum), rows += sum.rows;
+  for (const Sum& sum : sums) given.push_back(&sum);
   Products products(kernels, given, vectors, number, digits);
   float* scratch = room.floats(products.scratch_floats() * threads + products.floats());
   products.place(scratch + products.scratch_floats() * threads);
   std::vector<Stage> stages;
   stages.push_back({products.padded_vectors(), [&](int64_t vector, int) { products.prepare(inputs, vector); }});
   products.add_inner_stages(stages, threads, scratch);
-  stages.push_back(stage_of_rows(given, rows_of_task(rows, threads), [&](size_t sum, int64_t first, int64_t last, int worker) {
+  stages.push_back(stage_of_rows(given, threads, [&](size_t sum, int64_t first, int64_t last, int worker) {
     products.multiply(sum, first, last, outputs[sum], scratch + worker * products.scratch_floats());
   }));
   run_stages(threads, stages);

@@ -82,8 +82,9 @@ class Products {
 void multiply_sums(const Kernels& kernels, const std::vector<Sum>& sums, const void* inputs, const std::vector<void*>& outputs, int64_t vectors,
                    Number number, int threads, int digits);
 
-// The rows of some sums, `rows_of_task` at a time; `work` is told the sum, its rows and the thread.
+// Rows at a time where all tasks are as long.
 int64_t rows_of_task(int64_t rows, int threads);
-Stage stage_of_rows(const std::vector<const Sum*>& sums, int64_t rows, std::function<void(size_t sum, int64_t first, int64_t last, int worker)> work);
+// The rows of some sums, one sum behind the other, in tasks that get shorter; `work` is told a sum, some of its rows and the thread.
+Stage stage_of_rows(const std::vector<const Sum*>& sums, int threads, std::function<void(size_t sum, int64_t first, int64_t last, int worker)> work);
 
 }  // namespace fewbits

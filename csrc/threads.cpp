@@ -1,5 +1,6 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -117,13 +118,66 @@ Pool& the_pool() {
 }
 
 // Other threads are a moment away, unless the system runs something else in their place: then this one sleeps, which may be what they wait for.
-void wait_for(const std::atomic<int64_t>& left) {
+// Meanwhile memory has nothing to do: what comes next is asked for, so that it is in the cache when the wait is over.
+void wait_for(const std::atomic<int64_t>& left, Stretch next) {
+  constexpr int64_t line = 64, most = 1 << 18, together = 8;
+  const char* at = static_cast<const char*>(next.at);
+  const char* end = at + std::min(next.bytes, most);
+  while (at < end && left.load(std::memory_order_acquire) != 0) {
+    for (int64_t i = 0; i < together; ++i, at += line) __builtin_prefetch(at, 0, 2);
+  }
   for (int waits = 0; left.load(std::memory_order_acquire) != 0; ++waits) {
     if (waits < 2000) pause();
     else if (waits < 2020) std::this_thread::yield();
     else std::this_thread::sleep_for(std::chrono::microseconds(20));
   }
 }
+
+// Stages that have tasks, and how far they are. Tasks are taken in order, and each waits for those of the stage before its own, which were
+// taken before: whoever took those goes on, however few threads there are.
+class Course {
+ public:
+  explicit Course(const std::vector<Stage>& stages, size_t begin) : left_(stages.size() - begin) {
+    for (; begin < stages.size(); ++begin) {
+      if (stages[begin].tasks == 0) continue;
+      left_[stages_.size()].tasks.store(stages[begin].tasks, std::memory_order_relaxed);
+      stages_.push_back(&stages[begin]);
+      tasks_ += stages[begin].tasks;
+    }
+  }
+
+  int64_t tasks() const { return tasks_; }
+
+  // Everything that one thread does.
+  void follow(int worker) {
+    size_t stage = 0;
+    int64_t begin = 0, done = 0;  // of the stage: its first task, and how many of it this thread has done and not told
+    const auto tell = [&] {
+      if (done > 0) left_[stage].tasks.fetch_sub(done, std::memory_order_release);
+      done = 0;
+    };
+    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_; ++done) {
+      if (task - begin >= stages_[stage]->tasks) {
+        tell();
+        for (; task - begin >= stages_[stage]->tasks; ++stage) begin += stages_[stage]->tasks;
+        const Stage& own = *stages_[stage];
+        const std::atomic<int64_t>& before = left_[stage - 1].tasks;
+        if (before.load(std::memory_order_acquire) != 0) wait_for(before, own.reads ? own.reads(task - begin) : Stretch{});
+      }
+      stages_[stage]->work(task - begin, worker);
+    }
+    tell();
+  }
+
+ private:
+  struct Count {
+    alignas(64) std::atomic<int64_t> tasks{0};
+  };
+  std::vector<Count> left_;
+  std::vector<const Stage*> stages_;
+  int64_t tasks_ = 0;
+  alignas(64) std::atomic<int64_t> next_{0};
+};
 
 }  // namespace
 
@@ -155,31 +209,12 @@ void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t, int), vo
 }
 
 void run_stages(int threads, const std::vector<Stage>& stages) {
-  // Tasks are taken in order, and each waits for some that were taken before: whoever took those goes on, however few threads there are.
-  struct Count {
-    alignas(64) std::atomic<int64_t> left;
-  };
-  struct Job {
-    const std::vector<Stage>& stages;
-    std::vector<Count> counts;
-    size_t begin;
-  };
-  Job job{stages, std::vector<Count>(stages.size()), 0};
-  int64_t tasks = 0;
-  for (; job.begin < stages.size() && stages[job.begin].tasks == 1; ++job.begin) stages[job.begin].work(0, 0);  // before anyone is asked to help
-  for (size_t i = job.begin; i < stages.size(); ++i) {
-    job.counts[i].left.store(stages[i].tasks, std::memory_order_relaxed);
-    tasks += stages[i].tasks;
-  }
-  const auto work = [](void* context, int64_t task, int worker) {
-    Job& job = *static_cast<Job*>(context);
-    size_t stage = job.begin;
-    for (; task >= job.stages[stage].tasks; ++stage) task -= job.stages[stage].tasks;
-    for (size_t before = job.begin; before < stage; ++before) wait_for(job.counts[before].left);
-    job.stages[stage].work(task, worker);
-    job.counts[stage].left.fetch_sub(1, std::memory_order_release);
-  };
-  run_tasks(threads, tasks, work, &job);
+  size_t begin = 0;
+  for (; begin < stages.size() && stages[begin].tasks == 1; ++begin) stages[begin].work(0, 0);  // before anyone is asked to help
+  Course course(stages, begin);
+  if (course.tasks() == 0) return;
+  const auto work = [](void* context, int64_t, int worker) { static_cast<Course*>(context)->follow(worker); };
+  run_tasks(static_cast<int>(std::min<int64_t>(threads, course.tasks())), threads, work, &course);
 }
 
 }  // namespace fewbits

@@ -60,6 +60,8 @@ static inline void sum_four(Floats a, Floats b, Floats c, Floats d, float* to) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
   _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
+#else
+static inline void sum_four(Floats a, Floats b, Floats c, Floats d, float* to) { to[0] = sum(a), to[1] = sum(b), to[2] = sum(c), to[3] = sum(d); }
 #endif
 
 // Lanes change their signs where a bit of `minus` is set: the highest of the sixteen lowest for the first lane.

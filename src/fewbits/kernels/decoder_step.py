@@ -51,7 +51,7 @@ class DecoderStep:
         self.heads, self.dtype, self.hidden = heads, norms[0].dtype, norms[0].numel()
         self.tensors = (*(tensor for one in sums for tensor in one.tensors), *norms)
         layout = [number, heads.queries, heads.keys, heads.width, int(len(norms) > 2), *(size for one in sums for size in one.layout)]
-        self._native = extension.DecoderStep(layout, native.buffers(self.tensors), list(epsilons))
+        self.native = extension.DecoderStep(layout, native.buffers(self.tensors), list(epsilons))
 
     def before(self, way: Way, states: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[batch, heads, tokens, width]` of `states [batch, tokens, hidden]`, turned by angles of each token
@@ -62,7 +62,7 @@ class DecoderStep:
         found = [torch.empty(self._shape(batch, tokens, count), dtype=self.dtype) for count in (self.heads.queries, *[self.heads.keys] * 2)]
         positions = cosine.numel() // self.heads.width
         held = native.buffers((states, cosine, sine, *found))
-        self._native.before(way.isa, held, batch * tokens, positions, way.threads, way.digits)
+        self.native.before(way.isa, held, batch * tokens, positions, way.threads, way.digits)
         queries, keys, values = found if tokens == 1 else (one.transpose(1, 2) for one in found)
         return queries, keys, values
 
@@ -70,7 +70,7 @@ class DecoderStep:
         """The layer's output, of what attention gave `[batch, tokens, heads, width]` and its own input; all contiguous, of one dtype."""
         outputs = torch.empty(states.shape, dtype=self.dtype)
         tokens = states.shape[0] * states.shape[1]
-        self._native.after(way.isa, native.buffers((attended, states, outputs)), tokens, way.threads, way.digits)
+        self.native.after(way.isa, native.buffers((attended, states, outputs)), tokens, way.threads, way.digits)
         return outputs
 
     def _shape(self, batch: int, tokens: int, heads: int) -> tuple[int, int, int, int]:

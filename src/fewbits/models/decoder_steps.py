@@ -38,7 +38,7 @@ _NORMS = ("input_layernorm", "post_attention_layernorm")
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
-class _Parts:
+class Parts:
     """What a layer's step was made of, and the step; none where a native call would not compute what the layer does.
 
     Steps are looked through at every call, so that the loops here are those of built-in functions.
@@ -79,7 +79,7 @@ class _Parts:
 
 _FORWARD = itertools.repeat("forward")
 _forward_of = operator.attrgetter("forward")
-_PARTS: weakref.WeakKeyDictionary[nn.Module, _Parts] = weakref.WeakKeyDictionary()
+_PARTS: weakref.WeakKeyDictionary[nn.Module, Parts] = weakref.WeakKeyDictionary()
 
 
 def _norm_names(layer: nn.Module) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ def _described(layer: CompressedLinear) -> Description | None:
     return describe_lasting(weight.terms, [one for one in (stored.offset, layer.bias) if one is not None])
 
 
-class _Stepping(nn.Module):
+class Stepping(nn.Module):
     """Put before a decoder layer's own class: its forward, where it may, by native calls."""
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
@@ -137,7 +137,7 @@ def _step_for(layer: nn.Module, states: Tensor, options: Mapping[str, Any]) -> D
         return None
     parts = _PARTS.get(layer)
     if parts is None or not parts.current():
-        parts = _PARTS[layer] = _Parts(layer)
+        parts = _PARTS[layer] = Parts(layer)
     step = parts.step
     if step is None or not parts.plain() or not _fits(step, states) or states.shape[2] != step.hidden:
         return None
@@ -179,27 +179,27 @@ def _its_own(attention: Any) -> dict[str, Any]:
     return {"sliding_window": attention.sliding_window}
 
 
-class LlamaDecoderLayer(_Stepping, llama.LlamaDecoderLayer):
+class LlamaDecoderLayer(Stepping, llama.LlamaDecoderLayer):
     eager_attention = staticmethod(llama.eager_attention_forward)
     window_of = staticmethod(_none)
 
 
-class MistralDecoderLayer(_Stepping, mistral.MistralDecoderLayer):
+class MistralDecoderLayer(Stepping, mistral.MistralDecoderLayer):
     eager_attention = staticmethod(mistral.eager_attention_forward)
     window_of = staticmethod(_configured)
 
 
-class Qwen2DecoderLayer(_Stepping, qwen2.Qwen2DecoderLayer):
+class Qwen2DecoderLayer(Stepping, qwen2.Qwen2DecoderLayer):
     eager_attention = staticmethod(qwen2.eager_attention_forward)
     window_of = staticmethod(_its_own)
 
 
-class Qwen3DecoderLayer(_Stepping, qwen3.Qwen3DecoderLayer):
+class Qwen3DecoderLayer(Stepping, qwen3.Qwen3DecoderLayer):
     eager_attention = staticmethod(qwen3.eager_attention_forward)
     window_of = staticmethod(_its_own)
 
 
-_STEPPING: dict[type, type[_Stepping]] = {
+_STEPPING: dict[type, type[Stepping]] = {
     kind.__mro__[2]: kind for kind in (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer)
 }
 
@@ -209,9 +209,9 @@ def step_natively(model: nn.Module) -> int:
 
     Layers of Llama, Mistral, Qwen2 and Qwen3 in a transformers whose layers call their cache `cache`; 0, and nothing changed, elsewhere.
     """
-    layers = [module for module in model.modules() if type(module) in _STEPPING or isinstance(module, _Stepping)]
+    layers = [module for module in model.modules() if type(module) in _STEPPING or isinstance(module, Stepping)]
     known = [layer for layer in layers if "cache" in inspect.signature(llama.LlamaDecoderLayer.forward).parameters]
-    able = sum(_may_step(layer) and _Parts(layer).step is not None for layer in known)
+    able = sum(_may_step(layer) and Parts(layer).step is not None for layer in known)
     for layer in known if able else ():
         layer.__class__ = _STEPPING.get(type(layer), type(layer))
     return able
@@ -220,7 +220,7 @@ def step_natively(model: nn.Module) -> int:
 def step_by_itself(model: nn.Module) -> None:
     """Undoes `step_natively`."""
     for module in model.modules():
-        if isinstance(module, _Stepping):
+        if isinstance(module, Stepping):
             module.__class__ = type(module).__mro__[2]
 
 

@@ -29,6 +29,7 @@ from fewbits.models.attention_exchange import exchange_attention
 
 FEW_TOKENS = 8  # new ones of a step, up to which packed keys and values are read as they lie
 _PREFIX = "fewbits_packed_"
+EXCHANGED = _PREFIX + "sdpa"  # the name under which it attends in the place of torch's own
 _KNOWN = ("sdpa", "fewbits_probed_sdpa")  # whose mathematics this is
 _UNKNOWN_OPTIONS = ("softcap", "position_bias", "s_aux")  # under which it would not be
 
