@@ -23,7 +23,8 @@ const char* what_is_broken(const Coded& matrix) {
 bool same_layout(const Coded& a, const Coded& b) {
   if (&a == &b) return true;
   if (a.form != b.form || a.columns != b.columns) return false;
-  if (a.form == Coded::plain || a.form == Coded::sparse) return true;
+  if (a.form == Coded::plain) return a.number == b.number;
+  if (a.form == Coded::sparse) return true;
   const bool packed = a.form == Coded::packed && a.bits == b.bits && a.group == b.group && a.lines == b.lines;
   return packed && a.levels.kind == b.levels.kind && a.level_groups == b.level_groups;
 }
@@ -42,19 +43,17 @@ size_t place_of(const std::vector<int64_t>& begins, int64_t task) {
   return static_cast<size_t>(std::upper_bound(begins.begin(), begins.end(), task) - begins.begin()) - 1;
 }
 
-// Asks for what a term has for some rows, where that lies apart and is too short to be fetched well while it is read.
-void fetch_rows(const Coded& matrix, int64_t first, int64_t last) {
-  constexpr int64_t most = 1 << 16;
-  const auto fetch = [](const void* data, int64_t from, int64_t to) {
-    for (int64_t at = from; at < std::min(to, from + most); at += 64) __builtin_prefetch(static_cast<const char*>(data) + at, 0, 2);
-  };
-  const int64_t item = matrix.number == Number::f32 ? 4 : 2;
-  if (matrix.form == Coded::plain) fetch(matrix.codes, first * matrix.columns * item, last * matrix.columns * item);
-  if (matrix.form != Coded::sparse) return;
-  const auto inside = [&](int64_t entry) { return std::clamp<int64_t>(entry, 0, matrix.entries); };
-  const int64_t begin = inside(matrix.pointers[first]), end = inside(matrix.pointers[last]);
-  fetch(matrix.codes, begin * item, end * item);
-  fetch(matrix.indices, begin * matrix.index_bytes, end * matrix.index_bytes);
+// Whether kernels add what a matrix gives to outputs that are there.
+bool can_add(const Coded& matrix) { return matrix.form == Coded::plain || matrix.form == Coded::sparse; }
+
+const uint8_t* codes_of(const Coded& matrix, int64_t row) { return matrix.form == Coded::packed ? matrix.codes + row * matrix.row_bytes : nullptr; }
+
+// Rows that all terms of a sum multiply before any goes on: so many that what the others have in the first cache is seldom exchanged, and so few
+// that what was fetched for them is in the second one still.
+int64_t rows_of_piece(const Sum& sum) {
+  constexpr int64_t bytes = 1 << 19;
+  const int64_t row = std::max<int64_t>(sum.terms.front().matrix->row_bytes, 1);
+  return std::max(bytes / row / chunk_rows * chunk_rows, chunk_rows);
 }
 
 }  // namespace
@@ -133,12 +132,16 @@ size_t Products::layout_for(const Coded& matrix) {
   const auto found = std::find_if(layouts_.begin(), layouts_.end(), [&](const Layout& layout) { return same_layout(*layout.matrix, matrix); });
   if (found != layouts_.end()) return static_cast<size_t>(found - layouts_.begin());
   layouts_.push_back({&matrix, nullptr});
-  floats_ += whole_lines(kernels_.prepared_floats({&matrix, nullptr, nullptr, vectors_, number_, digits_}));
+  floats_ += whole_lines(kernels_.prepared_floats(made_ready(layouts_.back(), nullptr)));
   return layouts_.size() - 1;
 }
 
 Product Products::product(size_t entry, const void* inputs, void* outputs, Number number) const {
-  return {entries_[entry].matrix, inputs, outputs, vectors_, number, digits_, &broken_[entry]};
+  return {entries_[entry].matrix, inputs, outputs, vectors_, number, digits_, &broken_[entry], entries_[entry].inner < 0 ? number_ : Number::f32};
+}
+
+Product Products::made_ready(const Layout& layout, const void* inputs) const {
+  return {layout.matrix, inputs, nullptr, vectors_, number_, digits_, nullptr, number_};
 }
 
 void Products::place(float* room) {
@@ -147,7 +150,7 @@ void Products::place(float* room) {
     room += whole_lines(count);
     return taken;
   };
-  for (Layout& layout : layouts_) layout.prepared = take(kernels_.prepared_floats({layout.matrix, nullptr, nullptr, vectors_, number_, digits_}));
+  for (Layout& layout : layouts_) layout.prepared = take(kernels_.prepared_floats(made_ready(layout, nullptr)));
   for (size_t i = 0; i < entries_.size(); ++i) {
     if (!entries_[i].direct) entries_[i].outputs = take(vectors_ * entries_[i].matrix->rows);
     if (entries_[i].inner >= 0) entries_[i].prepared = take(kernels_.prepared_floats(product(i, nullptr, nullptr, Number::f32)));
@@ -155,10 +158,11 @@ void Products::place(float* room) {
 }
 
 void Products::prepare(const void* inputs, int64_t vector) const {
-  for (const Layout& layout : layouts_) kernels_.prepare({layout.matrix, inputs, nullptr, vectors_, number_, digits_}, vector, layout.prepared);
+  for (const Layout& layout : layouts_) kernels_.prepare(made_ready(layout, inputs), vector, layout.prepared);
 }
 
-void Products::add_inner_stages(std::vector<Stage>& stages, int threads, float* scratch) const {
+void Products::add_inner_stages(std::vector<Stage>& stages, int threads, float* scratch) {
+  threads_ = threads;
   if (inner_.empty()) return;
   std::vector<int64_t> begins{0};  // of each factor's tasks
   for (size_t i = 0; i < inner_.size(); ++i) {
@@ -187,18 +191,33 @@ void Products::multiply(size_t index, int64_t first, int64_t last, void* outputs
   if (rounds_itself(sum)) {
     return kernels_.multiply(product(begin, nullptr, outputs, number_), prepared(begin), first, last, scratch);
   }
+  const int64_t piece = rows_of_piece(sum);
+  for (int64_t row = first; row < last; row += piece) {
+    const int64_t next = row + piece < last ? row + piece : first + threads_ * (last - first);
+    multiply_rows(index, row, std::min(row + piece, last), next < sum.rows ? next : -1, outputs, scratch);
+  }
+}
+
+void Products::multiply_rows(size_t index, int64_t first, int64_t last, int64_t next, void* outputs, float* scratch) const {
+  const Sum& sum = *sums_[index];
+  const size_t begin = first_terms_[index];
   float* total = entries_[begin].outputs;
-  for (size_t i = begin + 1; i < begin + sum.terms.size(); ++i) fetch_rows(*entries_[i].matrix, first, last);
+  bool rounded = false;
   for (size_t i = begin; i < begin + sum.terms.size(); ++i) {
-    kernels_.multiply(product(i, nullptr, entries_[i].outputs, Number::f32), prepared(i), first, last, scratch);
+    const bool adds = i > begin && can_add(*entries_[i].matrix);
+    rounded = adds && i + 1 == begin + sum.terms.size();  // by the last one, where it adds
+    Product of_term = rounded ? product(i, nullptr, outputs, number_) : product(i, nullptr, adds ? total : entries_[i].outputs, Number::f32);
+    if (adds) of_term.base = total, of_term.next = next;
+    if (rounded && next >= 0) of_term.beside = codes_of(*entries_[begin].matrix, next);
+    kernels_.multiply(of_term, prepared(i), first, last, scratch);
+    if (i == begin || adds) continue;
     const float* more = entries_[i].outputs;
-    if (i == begin) continue;
     for (int64_t v = 0; v < vectors_; ++v) for (int64_t at = v * sum.rows + first; at < v * sum.rows + last; ++at) total[at] += more[at];
   }
   for_number(number_, [&](auto type) {
     for (int64_t v = 0; v < vectors_; ++v) {
       const int64_t from = v * sum.rows;
-      write_numbers(type, total + from + first, last - first, outputs, from + first);
+      if (!rounded) write_numbers(type, total + from + first, last - first, outputs, from + first);
       for (const Bias& bias : sum.biases) add_numbers(type, bias.numbers, bias.number, first, last - first, outputs, from + first);
     }
   });
