@@ -98,7 +98,7 @@ void BeforePart::add_stages(std::vector<Stage>& stages, const BeforeAttention& j
   float* normalized = room + each * threads_;
   products_.place(normalized + floats_for(tokens_, layer_.hidden));
   stages.push_back(stage_of_norm(products_, layer_.before_attention, layer_.number, job.states, normalized, tokens_));
-  products_.add_inner_stages(stages, threads_, room);
+  products_.add_stages(stages, threads_, room);
   stages.push_back(stage_of_rows(sums_, threads_, [=](size_t sum, int64_t first, int64_t last, int worker) {
     void* outputs[] = {job.query, job.key, job.value};
     products_.multiply(sum, first, last, outputs[sum], room + worker * each);
@@ -125,13 +125,13 @@ void AfterPart::add_stages(std::vector<Stage>& stages, const AfterAttention& job
   float *states = room + scratch_floats() * threads_, *normalized = states + narrow, *gate = normalized + narrow, *up = gate + middle, *place = up + middle;
   for (Products* products : {&output_, &wide_, &down_}) products->place(place), place += products->floats();
   stages.push_back({output_.padded_vectors(), [this, job](int64_t token, int) { output_.prepare(job.attended, token); }});
-  output_.add_inner_stages(stages, threads_, room);
+  output_.add_stages(stages, threads_, room);
   stages.push_back(stage_of_residual(output_, layer_.output, layer_, job.states, states, tokens_, threads_, room));
   stages.push_back(stage_of_norm(wide_, layer_.before_mlp, layer_.number, states, normalized, tokens_));
-  wide_.add_inner_stages(stages, threads_, room);
+  wide_.add_stages(stages, threads_, room);
   stages.push_back(stage_of_gates(wide_, layer_, gate, up, tokens_, threads_, room));
   stages.push_back({down_.padded_vectors(), [this, up](int64_t token, int) { down_.prepare(up, token); }});
-  down_.add_inner_stages(stages, threads_, room);
+  down_.add_stages(stages, threads_, room);
   stages.push_back(stage_of_residual(down_, layer_.down, layer_, states, job.outputs, tokens_, threads_, room));
 }
 

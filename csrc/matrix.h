@@ -104,8 +104,6 @@ struct Product {
   std::atomic<bool>* broken = nullptr;  // set where a sparse matrix points outside of itself
   Number given = Number::f32;   // what inputs were before they were made ready, where kernels of one vector make use of it
   const float* base = nullptr;  // [vectors, rows], where there is one: what products are added to before they are rounded, by plain numbers and sparse rows
-  int64_t next = -1;               // the row that a thread probably comes to next, of such terms: fetched meanwhile
-  const uint8_t* beside = nullptr;  // codes that it needs then too
 };
 
 struct FeedBack;  // feedback_job.h

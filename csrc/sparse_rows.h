@@ -8,7 +8,7 @@ namespace FEWBITS_ISA {
 namespace additions {
 namespace sparse_rows {
 
-constexpr int64_t run = 2048;  // entries that are read at once, of as many rows as have no more
+constexpr int64_t run = 1024;  // entries that are read at once, of as many rows as have no more
 constexpr int most = 16;       // vectors at a time
 
 // Vectors side by side: as many as loops are written out for.
@@ -19,10 +19,11 @@ static inline int64_t padded_vectors(int64_t vectors) {
 
 static int64_t scratch_floats() { return run + 64; }
 
-// Whether inputs stay in bfloat16, so that more of them are in the first cache.
+// Whether inputs stay in bfloat16, so that the first cache holds more of them.
 static inline bool stay_halves(const Product& product) { return product.vectors == 1 && product.given == Number::bf16; }
 
-// Inputs as floats, all vectors of a column side by side; behind them room for one vector.
+// Inputs as floats, all vectors of a column side by side, behind them room for each vector; or bfloat16 behind one line, so that there is
+// something before the first.
 static int64_t prepared_floats(const Product& product) {
   const int64_t vectors = padded_vectors(product.vectors);
   return 32 + rounded_up(product.matrix->columns, lanes) * (vectors == 1 ? 1 : vectors + product.vectors);
@@ -52,34 +53,19 @@ static bool all_below(const Index* indices, int64_t count, int64_t columns) {
   return static_cast<int64_t>(largest) < columns;
 }
 
-// What is fetched into the second cache while entries are multiplied: entries of rows to come, and codes beside them.
-struct Coming {
-  const char *values, *indices, *codes;
-
-  Coming(const Product& product, int64_t done) {
-    const Coded& w = *product.matrix;
-    const int64_t from = product.next < 0 ? 0 : w.pointers[product.next] + done;
-    values = reinterpret_cast<const char*>(w.codes) + from * (w.number == Number::f32 ? 4 : 2);
-    indices = static_cast<const char*>(w.indices) + from * w.index_bytes;
-    codes = product.beside == nullptr ? values : reinterpret_cast<const char*>(product.beside) + 4 * done;
-  }
-};
-
-// Entries times the inputs of their columns: whose rows they are is not asked, so that no branch is. Entries soon to come are fetched into the
-// first cache: they are read too fast for it to notice by itself.
+// Entries times the inputs of their columns: whose rows they are is not asked, so that no branch is. Those to come are fetched: they are read too
+// fast for caches to notice by themselves.
 template <Number Is, bool Halves, typename Index>
-static void multiply_entries(const uint8_t* values, const Index* indices, int64_t count, const void* inputs, float* products, Coming coming) {
-  constexpr int64_t item = Is == Number::f32 ? 4 : 2, place = sizeof(Index), soon = 256;
+static void multiply_entries(const uint8_t* values, const Index* indices, int64_t count, const void* inputs, float* products) {
+  constexpr int64_t item = Is == Number::f32 ? 4 : 2, soon = 256, later = 2048;
   const auto some = [&](const uint8_t* from, const Index* at, float* to) { store(to, multiply(load_lanes<Is>(from), gather<Halves>(inputs, at))); };
   constexpr int64_t lines = 64 / sizeof(uint16_t);  // entries between those that are fetched
   int64_t i = 0;
   for (; i + lines <= count; i += lines) {
     __builtin_prefetch(values + item * (i + soon), 0, 3);
     __builtin_prefetch(indices + i + soon, 0, 3);
-    __builtin_prefetch(coming.values + item * i, 0, 2);
-    __builtin_prefetch(coming.indices + place * i, 0, 2);
-    __builtin_prefetch(coming.codes + 4 * i, 0, 2);
-    __builtin_prefetch(coming.codes + 4 * i + 64, 0, 2);
+    __builtin_prefetch(values + item * (i + later), 0, 2);
+    __builtin_prefetch(indices + i + later, 0, 2);
 #pragma GCC unroll 2
     for (int64_t part = i; part < i + lines; part += lanes) some(values + item * part, indices + part, products + part);
   }
@@ -192,7 +178,7 @@ static void multiply_long_row(const Product& product, const float* prepared, int
 
 // Rows whose entries are read together.
 template <typename Index>
-static void multiply_run(const Product& product, const float* prepared, int64_t row, int64_t rows, Coming coming, float* scratch) {
+static void multiply_run(const Product& product, const float* prepared, int64_t row, int64_t rows, float* scratch) {
   const Coded& w = *product.matrix;
   const int64_t item = w.number == Number::f32 ? 4 : 2, from = w.pointers[row], count = w.pointers[row + rows] - from, vectors = padded_vectors(product.vectors);
   const Index* indices = static_cast<const Index*>(w.indices) + from;
@@ -200,8 +186,8 @@ static void multiply_run(const Product& product, const float* prepared, int64_t 
   if (!all_below(indices, count, w.columns)) return product.broken->store(true);
   if (vectors == 1) {
     for_number(w.number, [&](auto type) {
-      if (stay_halves(product)) multiply_entries<decltype(type)::value, true>(values, indices, count, reinterpret_cast<const uint8_t*>(prepared) + 62, scratch, coming);
-      else multiply_entries<decltype(type)::value, false>(values, indices, count, prepared, scratch, coming);
+      if (stay_halves(product)) multiply_entries<decltype(type)::value, true>(values, indices, count, reinterpret_cast<const uint8_t*>(prepared) + 62, scratch);
+      else multiply_entries<decltype(type)::value, false>(values, indices, count, prepared, scratch);
     });
     return count > 24 * rows ? add_up_rows<64>(product, scratch, row, rows) : add_up_rows<32>(product, scratch, row, rows);
   }
@@ -222,7 +208,7 @@ static void multiply_as(const Product& product, const float* prepared, int64_t f
     while (next + lanes <= last && w.pointers[next + lanes] - from <= run) next += lanes;
     if (next == row) for (++next; next < last && next < row + lanes && w.pointers[next + 1] - from <= run;) ++next;
     if (w.pointers[next] - from > run) multiply_long_row<Index>(product, prepared, row, scratch);
-    else multiply_run<Index>(product, prepared, row, next - row, Coming(product, from - w.pointers[first]), scratch);
+    else multiply_run<Index>(product, prepared, row, next - row, scratch);
     row = next;
   }
 }

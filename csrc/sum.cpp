@@ -46,16 +46,6 @@ size_t place_of(const std::vector<int64_t>& begins, int64_t task) {
 // Whether kernels add what a matrix gives to outputs that are there.
 bool can_add(const Coded& matrix) { return matrix.form == Coded::plain || matrix.form == Coded::sparse; }
 
-const uint8_t* codes_of(const Coded& matrix, int64_t row) { return matrix.form == Coded::packed ? matrix.codes + row * matrix.row_bytes : nullptr; }
-
-// Rows that all terms of a sum multiply before any goes on: so many that what the others have in the first cache is seldom exchanged, and so few
-// that what was fetched for them is in the second one still.
-int64_t rows_of_piece(const Sum& sum) {
-  constexpr int64_t bytes = 1 << 19;
-  const int64_t row = std::max<int64_t>(sum.terms.front().matrix->row_bytes, 1);
-  return std::max(bytes / row / chunk_rows * chunk_rows, chunk_rows);
-}
-
 }  // namespace
 
 int64_t rows_of_task(int64_t rows, int threads) {
@@ -75,16 +65,19 @@ std::vector<int64_t> ends_of_tasks(int64_t rows, int threads) {
   return ends;
 }
 
-// What is read of some rows of a sum, but for what is short.
+// Whether the first term of a sum is there before its rows are asked for: a stream of codes that nothing comes between is read fastest.
+bool has_base(const Sum& sum) { return sum.terms.size() > 1 && sum.terms[0].inner == nullptr; }
+
+// What is read of some rows of a sum's first term.
 Stretch stretch_of(const Sum& sum, int64_t first, int64_t last) {
   const Coded& matrix = *sum.terms[0].matrix;
   if (matrix.form != Coded::packed) return {};
   return {matrix.codes + first * matrix.row_bytes, (last - first) * matrix.row_bytes};
 }
 
-}  // namespace
+using Work = std::function<void(size_t sum, int64_t first, int64_t last, int worker)>;
 
-Stage stage_of_rows(const std::vector<const Sum*>& sums, int threads, std::function<void(size_t sum, int64_t first, int64_t last, int worker)> work) {
+Stage stage_of(const std::vector<const Sum*>& sums, int threads, Stretch (*stretch)(const Sum&, int64_t first, int64_t last), Work work) {
   std::vector<int64_t> begins{0};  // of each sum's rows: tasks have whole chunks of each
   for (const Sum* sum : sums) begins.push_back(begins.back() + (sum->rows + chunk_rows - 1) / chunk_rows * chunk_rows);
   const std::vector<int64_t> ends = ends_of_tasks(begins.back(), threads);
@@ -98,10 +91,16 @@ Stage stage_of_rows(const std::vector<const Sum*>& sums, int threads, std::funct
   const auto run = [=](int64_t task, int worker) { parts(task, [&](size_t sum, int64_t first, int64_t last) { work(sum, first, last, worker); }); };
   const auto reads = [=](int64_t task) {
     Stretch found;
-    parts(task, [&](size_t sum, int64_t first, int64_t last) { if (found.bytes == 0) found = stretch_of(*sums[sum], first, last); });
+    parts(task, [&](size_t sum, int64_t first, int64_t last) { if (found.bytes == 0) found = stretch(*sums[sum], first, last); });
     return found;
   };
   return {static_cast<int64_t>(ends.size()), run, reads};
+}
+
+}  // namespace
+
+Stage stage_of_rows(const std::vector<const Sum*>& sums, int threads, Work work) {
+  return stage_of(sums, threads, [](const Sum& sum, int64_t first, int64_t last) { return has_base(sum) ? Stretch{} : stretch_of(sum, first, last); }, std::move(work));
 }
 
 Products::Products(const Kernels& kernels, const std::vector<const Sum*>& sums, int64_t vectors, Number number, int digits)
@@ -161,22 +160,35 @@ void Products::prepare(const void* inputs, int64_t vector) const {
   for (const Layout& layout : layouts_) kernels_.prepare(made_ready(layout, inputs), vector, layout.prepared);
 }
 
-void Products::add_inner_stages(std::vector<Stage>& stages, int threads, float* scratch) {
-  threads_ = threads;
-  if (inner_.empty()) return;
-  std::vector<int64_t> begins{0};  // of each factor's tasks
+// What an entry gives, in its own float32 outputs.
+void Products::multiply_entry(size_t entry, int64_t first, int64_t last, float* scratch) const {
+  kernels_.multiply(product(entry, nullptr, entries_[entry].outputs, Number::f32), prepared(entry), first, last, scratch);
+}
+
+void Products::add_stages(std::vector<Stage>& stages, int threads, float* scratch) const {
+  std::vector<int64_t> begins{0};  // of each factor's tasks, which come before first terms'
   for (size_t i = 0; i < inner_.size(); ++i) {
     const Coded& matrix = *entries_[i].matrix;
     const int64_t rows = inner_rows(matrix, threads);
     begins.push_back(begins.back() + (matrix.rows + rows - 1) / rows);
   }
-  stages.push_back({begins.back(), [=](int64_t task, int worker) {
+  std::vector<const Sum*> based;
+  std::vector<size_t> firsts;  // of those sums
+  for (size_t i = 0; i < sums_.size(); ++i) if (has_base(*sums_[i])) based.push_back(sums_[i]), firsts.push_back(first_terms_[i]);
+  const Stage bases = stage_of(based, threads, stretch_of, [=](size_t sum, int64_t first, int64_t last, int worker) {
+    multiply_entry(firsts[sum], first, last, scratch + worker * scratch_);
+  });
+  const int64_t before = begins.back();
+  if (before + bases.tasks == 0) return;
+  const auto run = [=](int64_t task, int worker) {
+    if (task >= before) return bases.work(task - before, worker);
     const size_t i = place_of(begins, task);
     const Coded& matrix = *entries_[i].matrix;
     const int64_t rows = inner_rows(matrix, threads), first = (task - begins[i]) * rows;
-    kernels_.multiply(product(i, nullptr, entries_[i].outputs, Number::f32), prepared(i), first, std::min(first + rows, matrix.rows),
-                      scratch + worker * scratch_);
-  }});
+    multiply_entry(i, first, std::min(first + rows, matrix.rows), scratch + worker * scratch_);
+  };
+  stages.push_back({before + bases.tasks, run, [=](int64_t task) { return task < before ? Stretch{} : bases.reads(task - before); }});
+  if (inner_.empty()) return;
   stages.push_back({padded_vectors(), [this](int64_t vector, int) {
     for (const size_t place : inner_) {
       const float* inputs = entries_[static_cast<size_t>(entries_[place].inner)].outputs;
@@ -187,30 +199,22 @@ void Products::add_inner_stages(std::vector<Stage>& stages, int threads, float* 
 
 void Products::multiply(size_t index, int64_t first, int64_t last, void* outputs, float* scratch) const {
   const Sum& sum = *sums_[index];
-  const size_t begin = first_terms_[index];
+  const size_t begin = first_terms_[index], end = begin + sum.terms.size();
   if (rounds_itself(sum)) {
     return kernels_.multiply(product(begin, nullptr, outputs, number_), prepared(begin), first, last, scratch);
   }
-  const int64_t piece = rows_of_piece(sum);
-  for (int64_t row = first; row < last; row += piece) {
-    const int64_t next = row + piece < last ? row + piece : first + threads_ * (last - first);
-    multiply_rows(index, row, std::min(row + piece, last), next < sum.rows ? next : -1, outputs, scratch);
-  }
-}
-
-void Products::multiply_rows(size_t index, int64_t first, int64_t last, int64_t next, void* outputs, float* scratch) const {
-  const Sum& sum = *sums_[index];
-  const size_t begin = first_terms_[index];
   float* total = entries_[begin].outputs;
+  if (!has_base(sum)) multiply_entry(begin, first, last, scratch);
   bool rounded = false;
-  for (size_t i = begin; i < begin + sum.terms.size(); ++i) {
-    const bool adds = i > begin && can_add(*entries_[i].matrix);
-    rounded = adds && i + 1 == begin + sum.terms.size();  // by the last one, where it adds
-    Product of_term = rounded ? product(i, nullptr, outputs, number_) : product(i, nullptr, adds ? total : entries_[i].outputs, Number::f32);
-    if (adds) of_term.base = total, of_term.next = next;
-    if (rounded && next >= 0) of_term.beside = codes_of(*entries_[begin].matrix, next);
-    kernels_.multiply(of_term, prepared(i), first, last, scratch);
-    if (i == begin || adds) continue;
+  for (size_t i = begin + 1; i < end; ++i) {
+    if (can_add(*entries_[i].matrix)) {
+      rounded = i + 1 == end;  // by the last one, where it adds
+      Product adding = rounded ? product(i, nullptr, outputs, number_) : product(i, nullptr, total, Number::f32);
+      adding.base = total;
+      kernels_.multiply(adding, prepared(i), first, last, scratch);
+      continue;
+    }
+    multiply_entry(i, first, last, scratch);
     const float* more = entries_[i].outputs;
     for (int64_t v = 0; v < vectors_; ++v) for (int64_t at = v * sum.rows + first; at < v * sum.rows + last; ++at) total[at] += more[at];
   }
@@ -238,7 +242,7 @@ void multiply_sums(const Kernels& kernels, const std::vector<Sum>& sums, const v
   products.place(scratch + products.scratch_floats() * threads);
   std::vector<Stage> stages;
   stages.push_back({products.padded_vectors(), [&](int64_t vector, int) { products.prepare(inputs, vector); }});
-  products.add_inner_stages(stages, threads, scratch);
+  products.add_stages(stages, threads, scratch);
   stages.push_back(stage_of_rows(given, threads, [&](size_t sum, int64_t first, int64_t last, int worker) {
     products.multiply(sum, first, last, outputs[sum], scratch + worker * products.scratch_floats());
   }));

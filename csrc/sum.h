@@ -42,8 +42,8 @@ class Products {
   // How many vectors there are to make ready: kernels may take some more than there are, whose numbers nobody reads.
   int64_t padded_vectors() const { return kernels_.padded_vectors(vectors_); }
   void prepare(const void* inputs, int64_t vector) const;
-  // What comes before the rows: inner factors, if any, divided among threads.
-  void add_inner_stages(std::vector<Stage>& stages, int threads, float* scratch);
+  // What comes before the rows, divided among threads: inner factors, and first terms that others are added to.
+  void add_stages(std::vector<Stage>& stages, int threads, float* scratch) const;
   // Rows first to last of a sum, of all vectors, in `outputs` [vectors, rows] of the inputs' type.
   void multiply(size_t sum, int64_t first, int64_t last, void* outputs, float* scratch) const;
   // Raises std::invalid_argument where a matrix was found to point outside of itself.
@@ -63,7 +63,7 @@ class Products {
   };
 
   size_t layout_for(const Coded& matrix);
-  void multiply_rows(size_t sum, int64_t first, int64_t last, int64_t next, void* outputs, float* scratch) const;
+  void multiply_entry(size_t entry, int64_t first, int64_t last, float* scratch) const;
   Product product(size_t entry, const void* inputs, void* outputs, Number number) const;
   Product made_ready(const Layout& layout, const void* inputs) const;
   float* prepared(size_t entry) const { return entries_[entry].inner < 0 ? layouts_[entries_[entry].layout].prepared : entries_[entry].prepared; }
@@ -73,7 +73,7 @@ class Products {
   const int64_t vectors_;
   const Number number_;
   const int digits_;
-  int64_t floats_ = 0, scratch_ = 0, threads_ = 1;
+  int64_t floats_ = 0, scratch_ = 0;
   std::vector<Layout> layouts_;
   std::vector<Entry> entries_;               // inner factors first, then the terms of all sums
   std::vector<size_t> inner_, first_terms_;  // places of the terms that have one; of each sum's first term

@@ -103,13 +103,11 @@ template <Number Is>
 static void multiply_short_rows(const Product& product, const float* inputs, int64_t first, int64_t last) {
   constexpr int64_t item = Is == Number::f32 ? 4 : 2;
   const Coded& w = *product.matrix;
-  const int64_t bytes = item * w.columns, ahead = product.next < 0 ? 1 << 12 : (product.next - first) * bytes;
-  const uint8_t* beside = product.beside;
+  const int64_t bytes = item * w.columns, ahead = 1 << 12;
   int64_t row = first;
   for (; row + lanes <= last; row += lanes) {
     const uint8_t* from = w.codes + row * bytes;
     for (int64_t at = 0; at < lanes * bytes; at += 64) __builtin_prefetch(from + at + ahead, 0, 2);
-    for (int64_t at = 0; at < lanes * bytes / 2 && beside != nullptr; at += 64, beside += 64) __builtin_prefetch(beside, 0, 2);
     put_lanes(product, row, lanes, multiply_lanes<Is>(from, bytes, inputs, w.columns));
   }
   for (; row < last; ++row) {

@@ -137,6 +137,63 @@ def test_threads_change_nothing(isa, on_threads):
         assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+def entries(rows: int, columns: int, dtype: torch.dtype) -> Sparse:
+    """Rows with hardly any entries, with some, and one each without any, with more than 64, and with all."""
+    share = torch.where(torch.arange(rows) % 3 == 0, 40 / columns, 0.01)
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(rows)) < share[:, None]
+    mask[rows // 2] = False
+    mask[rows // 3, : columns // 4] = True
+    mask[-1] = True
+    return Sparse.from_dense(sample(rows, columns), mask, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 40), (17, 1300), (50, 320), (9, 33000)])
+def test_entries_of_any_rows_are_added(isa, dtype, rows, columns):
+    term = entries(rows, columns, dtype)
+    assert term.column_indices.dtype == (torch.int16 if columns < 2**15 else torch.int32)
+    for vectors, given_dtype in ((1, torch.bfloat16), (1, torch.float32), (2, torch.float16), (7, torch.bfloat16), (17, torch.float32)):
+        assert_agrees((uniform(rows, columns), term), sample(vectors, columns).to(given_dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("rank", [1, 16, 32, 37, 128, 600])
+def test_thin_factors_of_any_rank_are_added(isa, dtype, rank):
+    for (rows, columns), (vectors, given_dtype) in zip(
+        ((1, 40), (35, 1300), (64, 96), (50, 560)),
+        ((1, torch.bfloat16), (1, torch.float32), (1, torch.float16), (5, torch.bfloat16)),
+        strict=True,
+    ):
+        thin = LowRank(Dense(sample(rows, rank).to(dtype)), Dense((sample(rank, columns) / rank).to(dtype)))
+        assert_agrees((uniform(rows, columns), thin), sample(vectors, columns).to(given_dtype))
+        assert_agrees((thin, uniform(rows, columns), thin), sample(vectors, columns).to(given_dtype))
+
+
+def test_threads_change_nothing_of_what_is_added(isa, on_threads):
+    terms = (uniform(1100, 320), entries(1100, 320, torch.float16), LowRank(Dense(sample(1100, 32).half()), Dense(sample(32, 320).half())))
+    for vectors in (1, 6):
+        for some in (terms, terms[:2], terms[::2]):
+            found = on_threads(lambda some=some, vectors=vectors: CompressedTensor(some).matmul(sample(vectors, 320).bfloat16()))
+            assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+@pytest.mark.parametrize("place", [0, 500, -1])
+def test_entries_outside_are_refused_wherever_they_are(isa, vectors, place):
+    rows, columns = 40, 1300
+    good, inputs = entries(rows, columns, torch.float16), sample(vectors, columns).bfloat16()
+    for wrong in (columns, -1):
+        indices = good.column_indices.clone()
+        indices[place] = wrong
+        with pytest.raises(ValueError, match="outside of it"):
+            CompressedTensor((uniform(rows, columns), Sparse(good.values, indices, good.row_pointers, columns))).matmul(inputs)
+    for wrong in (-1, good.values.numel() + 1):
+        pointers = good.row_pointers.clone()
+        pointers[place % rows] = wrong
+        with pytest.raises(ValueError, match="outside of it"):
+            CompressedTensor((uniform(rows, columns), Sparse(good.values, good.column_indices, pointers, columns))).matmul(inputs)
+
+
 def test_several_sums_of_the_same_inputs(isa):
     shapes = (60, 8, 8)
     several = [[(uniform(rows, 96).described(),), *([TERMS["thin"](rows, 96).factors()] if rows == 60 else [])] for rows in shapes]
