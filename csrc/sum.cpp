@@ -28,6 +28,8 @@ bool same_layout(const Coded& a, const Coded& b) {
   return packed && a.levels.kind == b.levels.kind && a.level_groups == b.level_groups;
 }
 
+bool in_word_lines(const Coded& matrix) { return matrix.form == Coded::vectors && matrix.lines; }
+
 // Whether a sum adds nothing up, so that the kernel writes what it rounded where it belongs.
 bool rounds_itself(const Sum& sum) { return sum.terms.size() == 1 && sum.biases.empty(); }
 
@@ -67,28 +69,35 @@ int64_t rows_of_task(int64_t rows, int threads) {
 namespace {
 
 // Where tasks of so many rows end: long ones come first, as long runs are fetched best, and then shorter ones, so that no thread waits for long.
-std::vector<int64_t> ends_of_tasks(int64_t rows, int threads) {
+std::vector<int64_t> ends_of_tasks(int64_t rows, int threads, int64_t whole) {
   std::vector<int64_t> ends;
   for (int64_t done = 0; done < rows; ends.push_back(done)) {
-    const int64_t next = 2 * (rows - done) / (3 * threads) / chunk_rows * chunk_rows;
-    done = threads == 1 ? rows : std::min(rows, done + std::max(next, chunk_rows));
+    const int64_t next = 2 * (rows - done) / (3 * threads) / whole * whole;
+    done = threads == 1 ? rows : std::min(rows, done + std::max(next, whole));
   }
   return ends;
+}
+
+// Rows that are best taken together, or a multiple of them: of codewords in lines as many as share a table in registers.
+int64_t whole_rows(const std::vector<const Sum*>& sums) {
+  for (const Sum* sum : sums) for (const Summand& term : sum->terms) if (in_word_lines(*term.matrix)) return 4 * word_rows;
+  return chunk_rows;
 }
 
 // What is read of some rows of a sum, but for what is short.
 Stretch stretch_of(const Sum& sum, int64_t first, int64_t last) {
   const Coded& matrix = *sum.terms[0].matrix;
-  if (matrix.form != Coded::packed) return {};
+  if (matrix.form != Coded::packed && !in_word_lines(matrix)) return {};
   return {matrix.codes + first * matrix.row_bytes, (last - first) * matrix.row_bytes};
 }
 
 }  // namespace
 
 Stage stage_of_rows(const std::vector<const Sum*>& sums, int threads, std::function<void(size_t sum, int64_t first, int64_t last, int worker)> work) {
+  const int64_t whole = whole_rows(sums);
   std::vector<int64_t> begins{0};  // of each sum's rows: tasks have whole chunks of each
-  for (const Sum* sum : sums) begins.push_back(begins.back() + (sum->rows + chunk_rows - 1) / chunk_rows * chunk_rows);
-  const std::vector<int64_t> ends = ends_of_tasks(begins.back(), threads);
+  for (const Sum* sum : sums) begins.push_back(begins.back() + (sum->rows + whole - 1) / whole * whole);
+  const std::vector<int64_t> ends = ends_of_tasks(begins.back(), threads, whole);
   const auto parts = [=](int64_t task, auto each) {
     const int64_t first = task == 0 ? 0 : ends[static_cast<size_t>(task - 1)], last = ends[static_cast<size_t>(task)];
     for (size_t sum = 0; sum < sums.size(); ++sum) {
@@ -158,7 +167,20 @@ void Products::prepare(const void* inputs, int64_t vector) const {
   for (const Layout& layout : layouts_) kernels_.prepare({layout.matrix, inputs, nullptr, vectors_, number_, digits_}, vector, layout.prepared);
 }
 
+void Products::add_parts(std::vector<Stage>& stages, std::vector<std::pair<Product, float*>> made) const {
+  std::vector<int64_t> begins{0};  // of each one's tasks
+  for (const auto& one : made) begins.push_back(begins.back() + kernels_.parts(one.first));
+  if (begins.back() == 0) return;
+  stages.push_back({begins.back(), [=](int64_t task, int) {
+    const size_t i = place_of(begins, task);
+    kernels_.make_part(made[i].first, task - begins[i], made[i].second);
+  }});
+}
+
 void Products::add_inner_stages(std::vector<Stage>& stages, int threads, float* scratch) const {
+  std::vector<std::pair<Product, float*>> made;
+  for (const Layout& layout : layouts_) made.push_back({{layout.matrix, nullptr, nullptr, vectors_, number_, digits_}, layout.prepared});
+  add_parts(stages, made);
   if (inner_.empty()) return;
   std::vector<int64_t> begins{0};  // of each factor's tasks
   for (size_t i = 0; i < inner_.size(); ++i) {
@@ -179,6 +201,9 @@ void Products::add_inner_stages(std::vector<Stage>& stages, int threads, float* 
       kernels_.prepare(product(place, inputs, nullptr, Number::f32), vector, entries_[place].prepared);
     }
   }});
+  made.clear();
+  for (const size_t place : inner_) made.push_back({product(place, nullptr, nullptr, Number::f32), entries_[place].prepared});
+  add_parts(stages, made);
 }
 
 void Products::multiply(size_t index, int64_t first, int64_t last, void* outputs, float* scratch) const {

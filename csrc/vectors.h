@@ -80,14 +80,26 @@ static constexpr Unpack find_unpack(int bits, std::integer_sequence<int, Before.
   return found[bits - 1];
 }
 
-// Codes `from` to `from + count` of a row as numbers. Returns whether each of them has a codeword.
-static bool unpack_codes(const Coded& w, int64_t row, int64_t from, int64_t count, uint32_t* out) {
-  const auto unpack = find_unpack(w.bits, std::make_integer_sequence<int, 16>{});
-  unpack(w.codes + row * w.row_bytes, static_cast<uint64_t>(from), static_cast<uint64_t>(from + count), w.codes + w.code_bytes, out);
+static bool all_have_words(const Coded& w, const uint32_t* codes, int64_t count) {
   if (w.entries == int64_t{1} << w.bits) return true;
   uint32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = out[i] > largest ? out[i] : largest;
+  for (int64_t i = 0; i < count; ++i) largest = codes[i] > largest ? codes[i] : largest;
   return largest < w.entries;
+}
+
+// Rows of codes of which 64 lie side by side; those behind lie one after another.
+static inline int64_t rows_in_lines(const Coded& w) { return w.lines ? code_rows(w) / word_rows * word_rows : 0; }
+
+// Codes `from` to `from + count` of a row as numbers. Returns whether each of them has a codeword.
+static bool unpack_codes(const Coded& w, int64_t row, int64_t from, int64_t count, uint32_t* out) {
+  if (row < rows_in_lines(w)) {
+    const uint8_t* code = w.codes + row / word_rows * word_rows * w.row_bytes + from * word_rows + row % word_rows;
+    for (int64_t i = 0; i < count; ++i) out[i] = code[i * word_rows];
+    return all_have_words(w, out, count);
+  }
+  const auto unpack = find_unpack(w.bits, std::make_integer_sequence<int, 16>{});
+  unpack(w.codes + row * w.row_bytes, static_cast<uint64_t>(from), static_cast<uint64_t>(from + count), w.codes + w.code_bytes, out);
+  return all_have_words(w, out, count);
 }
 
 template <int Unit>

@@ -6,7 +6,7 @@ Source: additive quantization (Babenko and Lempitsky, 2014), in the form of AQLM
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from fewbits.kernels import dispatch
 from fewbits.kernels.layout import vectors
 from fewbits.kernels.sums import Factors
 
+_LINE_ROWS, _LINE_BITS = 64, 8  # of codes that share a line
+
 
 @dataclass(frozen=True, eq=False)
 class Additive(Described, kind="additive"):
@@ -25,6 +27,9 @@ class Additive(Described, kind="additive"):
 
     Each group of `unit` neighbouring columns of a row has one code for each codebook. Where the columns end inside the last
     group, its values beyond them mean nothing. One codebook is plain vector quantization. Made by `from_codes`.
+
+    Where they are `lines`, codes of a byte lie in another order of the same bytes: of every 64 rows the first codes side by side,
+    then the second ones; rows that are left lie behind, one after another. So kernels read them that look codes of 64 rows up at once.
     """
 
     codes: Tensor
@@ -32,6 +37,7 @@ class Additive(Described, kind="additive"):
     scales: Tensor | None
     rows: int
     columns: int
+    lines: bool = False
 
     @classmethod
     def from_codes(cls, codes: Tensor, codebooks: Tensor, scales: Tensor | None = None, *, columns: int | None = None) -> Additive:
@@ -62,21 +68,49 @@ class Additive(Described, kind="additive"):
         """int64 `[rows, groups, books]`."""
         books, entries, unit = self.codebooks.shape
         groups = -(-self.columns // unit)
-        return unpack(self.codes, index_bits(entries), groups * books).view(self.rows, groups, books).long()
+        codes = _out_of_lines(self.codes) if self.lines else self.codes
+        return unpack(codes, index_bits(entries), groups * books).view(self.rows, groups, books).long()
+
+    def in_lines(self) -> Additive:
+        """The same matrix with its codes in lines, where that is an order: for codes of a byte and 64 rows or more."""
+        if self.lines or index_bits(self.codebooks.shape[1]) != _LINE_BITS or self.rows < _LINE_ROWS:
+            return self
+        return replace(self, codes=_into_lines(self.codes), lines=True)
+
+    def in_rows(self) -> Additive:
+        """The same matrix with its codes row after row."""
+        return replace(self, codes=_out_of_lines(self.codes), lines=False) if self.lines else self
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         values = decode_additive(self.unpacked_codes(), self.codebooks.float(), self.columns)
         return (values if self.scales is None else values * self.scales.float()).to(dtype)
 
     def factors(self) -> Factors | None:
-        found = vectors(self.codes, self.codebooks, self.scales, (self.rows, self.columns))
+        found = vectors(self.codes, self.codebooks, self.scales, (self.rows, self.columns), lines=self.lines)
         return None if found is None else (found,)
 
     def matmul_transposed(self, inputs: Tensor) -> Tensor:
         """`inputs [..., rows] @ decode()`."""
-        described = vectors(self.codes, self.codebooks, self.scales, (self.columns, self.rows), transposed=True)
+        described = vectors(self.codes, self.codebooks, self.scales, (self.columns, self.rows), transposed=True, lines=self.lines)
         found = dispatch.multiply(described, inputs)
         return super().matmul_transposed(inputs) if found is None else found
+
+
+def _into_lines(codes: Tensor) -> Tensor:
+    """Bytes `[rows, bytes]` in the order of lines: of the same shape, which is then only their number."""
+    return _exchanged(codes, (_LINE_ROWS, codes.shape[1]))
+
+
+def _out_of_lines(codes: Tensor) -> Tensor:
+    return _exchanged(codes, (codes.shape[1], _LINE_ROWS))
+
+
+def _exchanged(codes: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """Every whole block of 64 rows, read as a matrix of `sizes`, the other way round."""
+    whole = len(codes) // _LINE_ROWS * _LINE_ROWS
+    found = codes.clone()
+    found[:whole].view(-1, sizes[1], sizes[0]).copy_(codes[:whole].view(-1, *sizes).mT)
+    return found
 
 
 def index_bits(entries: int) -> int:
