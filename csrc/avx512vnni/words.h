@@ -148,7 +148,7 @@ static void make_tables(const Product& product, const Plan& plan, int64_t vector
   // A little less than there are numbers, so that what rounds on the way to a number does not lead beyond the largest.
   constexpr double numbers = Planes == 1 ? 127.0 : (1 << (8 * Planes - 1)) * (1.0 - 0x1p-12);
   const double largest = longest_group(w, inputs, count) * room[plan.reach], unit = largest / numbers;
-  const float by = unit > 0x1p-100 ? static_cast<float>(1.0 / unit) : 0.0f;  // 0 too where it is not a number
+  const float by = unit > 0x1p-126 && room[plan.reach] > 0x1p-100f ? static_cast<float>(1.0 / unit) : 0.0f;  // too where it is not a number
   room[plan.units + vector * plan.runs + run] = by > 0.0f ? static_cast<float>(unit) : largest < 1.0 ? 0.0f : NAN;
   uint8_t* to = reinterpret_cast<uint8_t*>(room + plan.tables + (vector * tables_of(w) + first * w.books) * plan.table_floats);
   for (int64_t group = 0; group < count; ++group, inputs += Unit) {

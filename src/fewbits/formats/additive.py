@@ -39,6 +39,11 @@ class Additive(Described, kind="additive"):
     columns: int
     lines: bool = False
 
+    def __post_init__(self) -> None:
+        bits = index_bits(self.codebooks.shape[1])
+        if self.lines and bits != _LINE_BITS:
+            raise InputError(f"codes of {bits} bits cannot lie in lines; codes of {_LINE_BITS} can")
+
     @classmethod
     def from_codes(cls, codes: Tensor, codebooks: Tensor, scales: Tensor | None = None, *, columns: int | None = None) -> Additive:
         """`codes [rows, groups, books]`, integers; codebooks and scales are stored in the dtype they come in.
