@@ -89,19 +89,24 @@ static void turn_books(const Coded& w, const float* books, float* turned) {
   }
 }
 
-// Two neighbouring numbers times `by` as two of 16 bits.
-static inline int32_t whole_pair(const float* from, float by) {
-  const __m128i whole = _mm_cvtps_epi32(_mm_mul_ps(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))), _mm_set1_ps(by)));
-  return _mm_cvtsi128_si32(_mm_packs_epi32(whole, whole));
+// Four neighbouring numbers times `by` as two pairs of 16 bits.
+static inline void whole_pairs(const float* from, float by, int32_t* pairs) {
+  const __m128i whole = _mm_cvtps_epi32(_mm_mul_ps(_mm_loadu_ps(from), _mm_set1_ps(by)));
+  const int64_t both = _mm_cvtsi128_si64(_mm_packs_epi32(whole, whole));
+  std::memcpy(pairs, &both, 8);
 }
 
 // The same of pairs of numbers, in parts: `[unit / 2, 256]`.
 static void turn_pairs(const Coded& w, const float* books, float by, int32_t* turned) {
   for (int64_t book = 0; book < w.books; ++book, turned += w.unit / 2 * table_entries) {
-    for (int64_t i = 0; i < w.unit / 2 * table_entries; ++i) turned[i] = 0;
+    if (w.entries < table_entries) std::memset(turned, 0, static_cast<size_t>(w.unit * table_entries * 2));
     for (int64_t entry = 0; entry < w.entries; ++entry, books += w.unit) {
-      const int64_t place = place_of_entry(entry);
-      for (int64_t i = 0; i < w.unit / 2; ++i) turned[i * table_entries + place] = whole_pair(books + 2 * i, by);
+      int32_t* to = turned + place_of_entry(entry);
+      for (int64_t i = 0; i < w.unit; i += 4, to += 2 * table_entries) {
+        int32_t pairs[2];
+        whole_pairs(books + i, by, pairs);
+        to[0] = pairs[0], to[table_entries] = pairs[1];
+      }
     }
   }
 }
@@ -179,7 +184,7 @@ static uint8_t* make_group(const Coded& w, const float* inputs, float by, double
   // How often the group, doubled, is no longer than the longest.
   const int doubled = static_cast<int>(as_bits(static_cast<float>(of_longest)) >> 23) - 127, times = doubled < 0 ? 0 : doubled < most ? doubled : most;
   int32_t input[Unit / 2];
-  for (int i = 0; i < Unit / 2; ++i) input[i] = whole_pair(inputs + 2 * i, by * static_cast<float>(1 << times));
+  for (int i = 0; i < Unit / 2; i += 2) whole_pairs(inputs + 2 * i, by * static_cast<float>(1 << times), input + i);
   for (int64_t book = 0; book < w.books; ++book, to += Planes * table_entries) {
     make_table<Unit, Planes>(input, shift + times, reinterpret_cast<const int32_t*>(turned) + book * (Unit / 2 * table_entries), to);
   }
