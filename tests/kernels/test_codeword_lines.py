@@ -14,8 +14,8 @@ from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
 
 LIMIT = 1e-6  # of the sum of |input| times a row's largest weight: what sums of float32 products may be off by
-# Of the longest group of inputs times the longest codeword, for each square root of a table: seven deviations of errors of half a unit, of two
-# bytes with those of rounded inputs and codewords.
+# Of the longest group of inputs times the longest codeword, for each square root of a table: seven deviations of errors of half a unit,
+# of two bytes with those of rounded inputs and codewords.
 TABLES_LIMIT = {1: 2**-6, 2: 2**-13, 3: 2**-22}
 ROUNDING = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")

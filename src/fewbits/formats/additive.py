@@ -6,6 +6,7 @@ Source: additive quantization (Babenko and Lempitsky, 2014), in the form of AQLM
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 from fewbits.core.errors import InputError
 from fewbits.formats.coded import Described
 from fewbits.formats.packing import pack, unpack
-from fewbits.kernels import dispatch
+from fewbits.kernels import dispatch, native
 from fewbits.kernels.layout import vectors
 from fewbits.kernels.sums import Factors
 
 _LINE_ROWS, _LINE_BITS = 64, 8  # of codes that share a line
+_FEWEST_ROWS = 256  # for which making tables is less than what they save
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +78,22 @@ class Additive(Described, kind="additive"):
         codes = _out_of_lines(self.codes) if self.lines else self.codes
         return unpack(codes, index_bits(entries), groups * books).view(self.rows, groups, books).long()
 
-    def in_lines(self) -> Additive:
-        """The same matrix with its codes in lines, where that is an order: for codes of a byte and 64 rows or more."""
+    def may_lie_in_lines(self) -> bool:
+        """Whether kernels at hand read the codes faster in lines."""
+        found = vectors(self.codes, self.codebooks, self.scales, self.shape, lines=True)
+        if self.lines or index_bits(self.codebooks.shape[1]) != _LINE_BITS or self.rows < _FEWEST_ROWS or found is None:
+            return False
+        there = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in found.tensors)
+        return there and native.reads_lines(found.tensors, found.layout)
+
+    def in_lines(self, room: Callable[[Tensor], Tensor] = torch.empty_like) -> Additive:
+        """The same matrix with its codes in lines, where that is an order: for codes of a byte and 64 rows or more.
+
+        They are written into what `room` gives for a tensor like them.
+        """
         if self.lines or index_bits(self.codebooks.shape[1]) != _LINE_BITS or self.rows < _LINE_ROWS:
             return self
-        return replace(self, codes=_into_lines(self.codes), lines=True)
+        return replace(self, codes=_exchanged(self.codes, (_LINE_ROWS, self.codes.shape[1]), room), lines=True)
 
     def in_rows(self) -> Additive:
         """The same matrix with its codes row after row."""
@@ -101,20 +114,15 @@ class Additive(Described, kind="additive"):
         return super().matmul_transposed(inputs) if found is None else found
 
 
-def _into_lines(codes: Tensor) -> Tensor:
-    """Bytes `[rows, bytes]` in the order of lines: of the same shape, which is then only their number."""
-    return _exchanged(codes, (_LINE_ROWS, codes.shape[1]))
-
-
 def _out_of_lines(codes: Tensor) -> Tensor:
-    return _exchanged(codes, (codes.shape[1], _LINE_ROWS))
+    return _exchanged(codes, (codes.shape[1], _LINE_ROWS), torch.empty_like)
 
 
-def _exchanged(codes: Tensor, sizes: tuple[int, int]) -> Tensor:
-    """Every whole block of 64 rows, read as a matrix of `sizes`, the other way round."""
-    whole = len(codes) // _LINE_ROWS * _LINE_ROWS
-    found = codes.clone()
+def _exchanged(codes: Tensor, sizes: tuple[int, int], room: Callable[[Tensor], Tensor]) -> Tensor:
+    """Bytes `[rows, bytes]` of which every whole block of 64 rows, read as a matrix of `sizes`, lies the other way round."""
+    whole, found = len(codes) // _LINE_ROWS * _LINE_ROWS, room(codes)
     found[:whole].view(-1, sizes[1], sizes[0]).copy_(codes[:whole].view(-1, *sizes).mT)
+    found[whole:].copy_(codes[whole:])
     return found
 
 
