@@ -45,7 +45,7 @@ bool takes_many(const std::string& isa, int64_t number) { return fewbits::takes_
 
 bool reads_lines(const std::string& isa, const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers) {
   Reader reader(layout, buffers);
-  const Coded& matrix = reader.read_whole();
+  const Coded& matrix = reader.read_whole(true);
   const fewbits::Kernels& kernels = fewbits::find_kernels(isa);
   return matrix.lines && kernels.reads_lines != nullptr && kernels.reads_lines(matrix);
 }

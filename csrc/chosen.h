@@ -14,6 +14,7 @@
 #endif
 #ifdef FEWBITS_LINES
 #include "avx512vnni/lines.h"
+#include "avx512vnni/words.h"
 #endif
 
 namespace fewbits {
@@ -22,6 +23,9 @@ namespace chosen {
 
 static int64_t prepared_floats(const Product& product) {
   const Coded& w = *product.matrix;
+#ifdef FEWBITS_LINES
+  if (word_tables::serves(w, product.vectors)) return word_tables::prepared_floats(product);
+#endif
   if (w.form == Coded::vectors) return vectors::prepared_floats(product);
   if (w.form == Coded::signed_product) return signed_product::prepared_floats(product);
   if (w.form == Coded::mixed) return mixed_groups::prepared_floats(product);
@@ -39,6 +43,9 @@ static int64_t prepared_floats(const Product& product) {
 
 static void prepare(const Product& product, int64_t vector, float* room) {
   const Coded& w = *product.matrix;
+#ifdef FEWBITS_LINES
+  if (word_tables::serves(w, product.vectors)) return word_tables::prepare(product, vector, room);
+#endif
   if (w.form == Coded::vectors) return vectors::prepare(product, vector, room);
   if (w.form == Coded::signed_product) return signed_product::prepare(product, vector, room);
   if (w.form == Coded::mixed) return mixed_groups::prepare(product, vector, room);
@@ -58,6 +65,20 @@ static void prepare(const Product& product, int64_t vector, float* room) {
 static int64_t bytes_of_lines(const Values& values, int bits) { return values.lines ? rounded_up(line_rows * row_bytes_of(values, bits), 64) : 0; }
 static int64_t bytes_of_lines(const Coded& w) {
   return w.lines ? rounded_up(line_rows * w.row_bytes, 64) + bytes_of_lines(w.scales, w.bits) + bytes_of_lines(w.zeros, w.bits) : 0;
+}
+
+static int64_t parts(const Product& product) {
+#ifdef FEWBITS_LINES
+  if (word_tables::serves(*product.matrix, product.vectors)) return word_tables::parts(product);
+#endif
+  return (void)product, 0;
+}
+
+static void make_part(const Product& product, int64_t part, float* room) {
+#ifdef FEWBITS_LINES
+  word_tables::make_part(product, part, room);
+#endif
+  (void)product, (void)part, (void)room;
 }
 
 // For products and for decoding.
@@ -111,6 +132,9 @@ static void multiply_from_lines(const Product& product, const float* prepared, i
 
 static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
   const Coded& w = *product.matrix;
+#ifdef FEWBITS_LINES
+  if (word_tables::serves(w, product.vectors)) return word_tables::multiply(product, prepared, first, last, scratch);
+#endif
   if (w.form == Coded::vectors) return vectors::multiply(product, prepared, first, last, scratch);
   if (w.form == Coded::signed_product) return signed_product::multiply(product, prepared, first, last, scratch);
   if (w.form == Coded::mixed) return mixed_groups::multiply(product, prepared, first, last, scratch);
@@ -129,15 +153,20 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
   FEWBITS_ISA::multiply(product, prepared, first, last, scratch);
 }
 
+#ifdef FEWBITS_LINES
+static bool reads_lines(const Coded& w) { return lines::serves(w) || word_tables::serves(w, 1); }
+#endif
+
 }  // namespace chosen
 
 constexpr Kernels make_kernels(const char* name, const Panels* (*panels)(const Product&) = nullptr) {
 #ifdef FEWBITS_LINES
-  bool (*reads)(const Coded&) = lines::serves;
+  bool (*reads)(const Coded&) = chosen::reads_lines;
 #else
   bool (*reads)(const Coded&) = nullptr;
 #endif
-  return {name, chosen::prepared_floats, chosen::prepare, padded_vectors, chosen::scratch_floats, chosen::multiply, decode, feed_back, rotate, panels, reads};
+  return {name, chosen::prepared_floats, chosen::prepare, padded_vectors, chosen::parts, chosen::make_part, chosen::scratch_floats,
+          chosen::multiply, decode, feed_back, rotate, panels, reads};
 }
 
 }  // namespace FEWBITS_ISA

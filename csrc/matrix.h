@@ -58,7 +58,8 @@ constexpr int64_t row_bytes_of(const Values& values, int bits) {
 // sparse rows, their columns in `indices` and each row's beginning in `pointers` (`sparse`).
 //
 // Or codewords (`vectors`): `unit` neighbouring numbers of a row, or of a column where `transposed`, are the sum of a codeword of each of
-// `books` codebooks `[books, entries, unit]`, which are in `indices`; scales are one for each row of codes.
+// `books` codebooks `[books, entries, unit]`, which are in `indices`; scales are one for each row of codes. Where they are `lines`, codes are
+// bytes, and of every 64 rows of codes the first codes lie side by side, then the second ones; rows that are left lie behind, one after another.
 //
 // Or the product of two thin factors, `left [rows, rank]` and `right [rank, columns]`, entry by entry times a sign (`signed_product`): codes
 // are one stream of bits over the whole matrix, 1 for plus, the first entry the highest bit of its byte.
@@ -116,6 +117,8 @@ struct Kernels {
   int64_t (*prepared_floats)(const Product&);                   // room for the inputs in the kernel's order
   void (*prepare)(const Product&, int64_t vector, float* room);  // one input vector (0 <= vector < padded_vectors)
   int64_t (*padded_vectors)(int64_t vectors);
+  int64_t (*parts)(const Product&);                               // of what is made of the inputs once they are ready; mostly none
+  void (*make_part)(const Product&, int64_t part, float* room);
   int64_t (*scratch_floats)(const Coded&, int64_t vectors);  // room that a thread needs for itself
   void (*multiply)(const Product&, const float* prepared, int64_t first, int64_t last, float* scratch);
   void (*decode)(const Coded&, int64_t first, int64_t last, void* out, Number number, float* scratch);
@@ -128,5 +131,6 @@ struct Kernels {
 constexpr int64_t feedback_rows = 32;
 constexpr int64_t line_rows = 16;  // whose codes share a line of 64 bytes, where codes lie in lines
 constexpr int64_t chunk_rows = 32;  // rows of a matrix that a thread takes at a time
+constexpr int64_t word_rows = 64;   // rows of codewords that share a line
 
 }  // namespace fewbits

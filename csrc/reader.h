@@ -91,6 +91,8 @@ class Reader {
     matrix.bits = static_cast<int>(next(1, 16));
     matrix.entries = next(1, int64_t{1} << matrix.bits);
     matrix.transposed = next(0, 1) == 1;
+    matrix.lines = next(0, 1) == 1;
+    require(!matrix.lines || matrix.bits == 8, "codes in lines must be bytes");
     const int64_t rows = matrix.transposed ? matrix.columns : matrix.rows, along = matrix.transposed ? matrix.rows : matrix.columns;
     matrix.row_bytes = ((along + matrix.unit - 1) / matrix.unit * matrix.books * matrix.bits + 7) / 8;
     require(matrix.row_bytes <= largest / rows, "a matrix is too large");

@@ -29,6 +29,8 @@ bool same_layout(const Coded& a, const Coded& b) {
   return packed && a.levels.kind == b.levels.kind && a.level_groups == b.level_groups;
 }
 
+bool in_word_lines(const Coded& matrix) { return matrix.form == Coded::vectors && matrix.lines; }
+
 // Whether a sum adds nothing up, so that the kernel writes what it rounded where it belongs.
 bool rounds_itself(const Sum& sum) { return sum.terms.size() == 1 && sum.biases.empty(); }
 
@@ -56,13 +58,19 @@ int64_t rows_of_task(int64_t rows, int threads) {
 namespace {
 
 // Where tasks of so many rows end: long ones come first, as long runs are fetched best, and then shorter ones, so that no thread waits for long.
-std::vector<int64_t> ends_of_tasks(int64_t rows, int threads) {
+std::vector<int64_t> ends_of_tasks(int64_t rows, int threads, int64_t whole) {
   std::vector<int64_t> ends;
   for (int64_t done = 0; done < rows; ends.push_back(done)) {
-    const int64_t next = 2 * (rows - done) / (3 * threads) / chunk_rows * chunk_rows;
-    done = threads == 1 ? rows : std::min(rows, done + std::max(next, chunk_rows));
+    const int64_t next = 2 * (rows - done) / (3 * threads) / whole * whole;
+    done = threads == 1 ? rows : std::min(rows, done + std::max(next, whole));
   }
   return ends;
+}
+
+// Rows that are best taken together, or a multiple of them: of codewords in lines as many as share a table in registers.
+int64_t whole_rows(const std::vector<const Sum*>& sums) {
+  for (const Sum* sum : sums) for (const Summand& term : sum->terms) if (in_word_lines(*term.matrix)) return 4 * word_rows;
+  return chunk_rows;
 }
 
 // Whether the first term of a sum is there before its rows are asked for: a stream of codes that nothing comes between is read fastest.
@@ -71,16 +79,26 @@ bool has_base(const Sum& sum) { return sum.terms.size() > 1 && sum.terms[0].inne
 // What is read of some rows of a sum's first term.
 Stretch stretch_of(const Sum& sum, int64_t first, int64_t last) {
   const Coded& matrix = *sum.terms[0].matrix;
-  if (matrix.form != Coded::packed) return {};
+  if (matrix.form != Coded::packed && !in_word_lines(matrix)) return {};
   return {matrix.codes + first * matrix.row_bytes, (last - first) * matrix.row_bytes};
 }
 
+// Where one run of rows for each thread ends.
+std::vector<int64_t> ends_of_runs(int64_t rows, int threads, int64_t whole) {
+  const int64_t each = ((rows + threads - 1) / threads + whole - 1) / whole * whole;
+  std::vector<int64_t> ends;
+  for (int64_t done = 0; done < rows; ends.push_back(done)) done = std::min(rows, done + each);
+  return ends;
+}
+
+using Ends = std::vector<int64_t>(int64_t rows, int threads, int64_t whole);
 using Work = std::function<void(size_t sum, int64_t first, int64_t last, int worker)>;
 
-Stage stage_of(const std::vector<const Sum*>& sums, int threads, Stretch (*stretch)(const Sum&, int64_t first, int64_t last), Work work) {
+Stage stage_of(const std::vector<const Sum*>& sums, int threads, Ends* find_ends, Stretch (*stretch)(const Sum&, int64_t first, int64_t last), Work work) {
+  const int64_t whole = whole_rows(sums);
   std::vector<int64_t> begins{0};  // of each sum's rows: tasks have whole chunks of each
-  for (const Sum* sum : sums) begins.push_back(begins.back() + (sum->rows + chunk_rows - 1) / chunk_rows * chunk_rows);
-  const std::vector<int64_t> ends = ends_of_tasks(begins.back(), threads);
+  for (const Sum* sum : sums) begins.push_back(begins.back() + (sum->rows + whole - 1) / whole * whole);
+  const std::vector<int64_t> ends = find_ends(begins.back(), threads, whole);
   const auto parts = [=](int64_t task, auto each) {
     const int64_t first = task == 0 ? 0 : ends[static_cast<size_t>(task - 1)], last = ends[static_cast<size_t>(task)];
     for (size_t sum = 0; sum < sums.size(); ++sum) {
@@ -100,7 +118,10 @@ Stage stage_of(const std::vector<const Sum*>& sums, int threads, Stretch (*stret
 }  // namespace
 
 Stage stage_of_rows(const std::vector<const Sum*>& sums, int threads, Work work) {
-  return stage_of(sums, threads, [](const Sum& sum, int64_t first, int64_t last) { return has_base(sum) ? Stretch{} : stretch_of(sum, first, last); }, std::move(work));
+  // What is added to first terms is far less than these, and costs least in one run of rows for each thread.
+  const bool based = std::all_of(sums.begin(), sums.end(), [](const Sum* sum) { return has_base(*sum); });
+  const auto stretch = [](const Sum& sum, int64_t first, int64_t last) { return has_base(sum) ? Stretch{} : stretch_of(sum, first, last); };
+  return stage_of(sums, threads, based ? ends_of_runs : ends_of_tasks, stretch, std::move(work));
 }
 
 Products::Products(const Kernels& kernels, const std::vector<const Sum*>& sums, int64_t vectors, Number number, int digits)
@@ -160,12 +181,25 @@ void Products::prepare(const void* inputs, int64_t vector) const {
   for (const Layout& layout : layouts_) kernels_.prepare(made_ready(layout, inputs), vector, layout.prepared);
 }
 
+void Products::add_parts(std::vector<Stage>& stages, std::vector<std::pair<Product, float*>> made) const {
+  std::vector<int64_t> begins{0};  // of each one's tasks
+  for (const auto& one : made) begins.push_back(begins.back() + kernels_.parts(one.first));
+  if (begins.back() == 0) return;
+  stages.push_back({begins.back(), [=](int64_t task, int) {
+    const size_t i = place_of(begins, task);
+    kernels_.make_part(made[i].first, task - begins[i], made[i].second);
+  }});
+}
+
 // What an entry gives, in its own float32 outputs.
 void Products::multiply_entry(size_t entry, int64_t first, int64_t last, float* scratch) const {
   kernels_.multiply(product(entry, nullptr, entries_[entry].outputs, Number::f32), prepared(entry), first, last, scratch);
 }
 
 void Products::add_stages(std::vector<Stage>& stages, int threads, float* scratch) const {
+  std::vector<std::pair<Product, float*>> made;
+  for (const Layout& layout : layouts_) made.push_back({made_ready(layout, nullptr), layout.prepared});
+  add_parts(stages, made);
   std::vector<int64_t> begins{0};  // of each factor's tasks, which come before first terms'
   for (size_t i = 0; i < inner_.size(); ++i) {
     const Coded& matrix = *entries_[i].matrix;
@@ -175,7 +209,7 @@ void Products::add_stages(std::vector<Stage>& stages, int threads, float* scratc
   std::vector<const Sum*> based;
   std::vector<size_t> firsts;  // of those sums
   for (size_t i = 0; i < sums_.size(); ++i) if (has_base(*sums_[i])) based.push_back(sums_[i]), firsts.push_back(first_terms_[i]);
-  const Stage bases = stage_of(based, threads, stretch_of, [=](size_t sum, int64_t first, int64_t last, int worker) {
+  const Stage bases = stage_of(based, threads, ends_of_tasks, stretch_of, [=](size_t sum, int64_t first, int64_t last, int worker) {
     multiply_entry(firsts[sum], first, last, scratch + worker * scratch_);
   });
   const int64_t before = begins.back();
@@ -195,6 +229,9 @@ void Products::add_stages(std::vector<Stage>& stages, int threads, float* scratc
       kernels_.prepare(product(place, inputs, nullptr, Number::f32), vector, entries_[place].prepared);
     }
   }});
+  made.clear();
+  for (const size_t place : inner_) made.push_back({product(place, nullptr, nullptr, Number::f32), entries_[place].prepared});
+  add_parts(stages, made);
 }
 
 void Products::multiply(size_t index, int64_t first, int64_t last, void* outputs, float* scratch) const {

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "matrix.h"
@@ -42,7 +43,8 @@ class Products {
   // How many vectors there are to make ready: kernels may take some more than there are, whose numbers nobody reads.
   int64_t padded_vectors() const { return kernels_.padded_vectors(vectors_); }
   void prepare(const void* inputs, int64_t vector) const;
-  // What comes before the rows, divided among threads: inner factors, and first terms that others are added to.
+  // What comes before the rows, divided among threads: what kernels make of inputs that are ready, inner factors, and first terms that others
+  // are added to.
   void add_stages(std::vector<Stage>& stages, int threads, float* scratch) const;
   // Rows first to last of a sum, of all vectors, in `outputs` [vectors, rows] of the inputs' type.
   void multiply(size_t sum, int64_t first, int64_t last, void* outputs, float* scratch) const;
@@ -64,6 +66,7 @@ class Products {
 
   size_t layout_for(const Coded& matrix);
   void multiply_entry(size_t entry, int64_t first, int64_t last, float* scratch) const;
+  void add_parts(std::vector<Stage>& stages, std::vector<std::pair<Product, float*>> made) const;
   Product product(size_t entry, const void* inputs, void* outputs, Number number) const;
   Product made_ready(const Layout& layout, const void* inputs) const;
   float* prepared(size_t entry) const { return entries_[entry].inner < 0 ? layouts_[entries_[entry].layout].prepared : entries_[entry].prepared; }

@@ -17,10 +17,21 @@ static inline int64_t input_floats(const Coded& w) { return w.transposed ? round
 static inline int64_t book_floats(const Coded& w) { return w.entries * w.unit; }
 static inline int64_t padded_vectors(int64_t count) { return count == 1 ? 1 : rounded_up(count, tile); }
 
-// Inputs, one vector after the other, then the codebooks as floats unless they are.
+// Whether codewords are read as the halves that are stored, where floats would take more than the second cache has.
+static inline bool reads_halves(const Coded& w) {
+#ifdef __F16C__
+  return w.number == Number::f16 && w.unit == 8 && w.books == 1 && !w.transposed && book_floats(w) > 1 << 17;
+#else
+  return (void)w, false;
+#endif
+}
+
+static inline bool makes_floats(const Coded& w) { return w.number != Number::f32 && !reads_halves(w); }
+
+// Inputs, one vector after the other, then the codebooks as floats unless they are, or are read as they are.
 static int64_t prepared_floats(const Product& product) {
   const Coded& w = *product.matrix;
-  return padded_vectors(product.vectors) * input_floats(w) + (w.number == Number::f32 ? 0 : w.books * book_floats(w));
+  return padded_vectors(product.vectors) * input_floats(w) + (makes_floats(w) ? w.books * book_floats(w) : 0);
 }
 
 static const float* find_books(const Product& product, const float* prepared) {
@@ -31,7 +42,7 @@ static const float* find_books(const Product& product, const float* prepared) {
 static void prepare(const Product& product, int64_t vector, float* room) {
   const Coded& w = *product.matrix;
   const int64_t there = vector < product.vectors ? w.columns : 0, all = input_floats(w);
-  if (vector == 0 && w.number != Number::f32) {
+  if (vector == 0 && makes_floats(w)) {
     read_numbers(w.indices, 0, w.number, w.books * book_floats(w), room + padded_vectors(product.vectors) * all);
   }
   float* to = room + vector * all;
@@ -80,14 +91,26 @@ static constexpr Unpack find_unpack(int bits, std::integer_sequence<int, Before.
   return found[bits - 1];
 }
 
-// Codes `from` to `from + count` of a row as numbers. Returns whether each of them has a codeword.
-static bool unpack_codes(const Coded& w, int64_t row, int64_t from, int64_t count, uint32_t* out) {
-  const auto unpack = find_unpack(w.bits, std::make_integer_sequence<int, 16>{});
-  unpack(w.codes + row * w.row_bytes, static_cast<uint64_t>(from), static_cast<uint64_t>(from + count), w.codes + w.code_bytes, out);
+static bool all_have_words(const Coded& w, const uint32_t* codes, int64_t count) {
   if (w.entries == int64_t{1} << w.bits) return true;
   uint32_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = out[i] > largest ? out[i] : largest;
+  for (int64_t i = 0; i < count; ++i) largest = codes[i] > largest ? codes[i] : largest;
   return largest < w.entries;
+}
+
+// Rows of codes of which 64 lie side by side; those behind lie one after another.
+static inline int64_t rows_in_lines(const Coded& w) { return w.lines ? code_rows(w) / word_rows * word_rows : 0; }
+
+// Codes `from` to `from + count` of a row as numbers. Returns whether each of them has a codeword.
+static bool unpack_codes(const Coded& w, int64_t row, int64_t from, int64_t count, uint32_t* out) {
+  if (row < rows_in_lines(w)) {
+    const uint8_t* code = w.codes + row / word_rows * word_rows * w.row_bytes + from * word_rows + row % word_rows;
+    for (int64_t i = 0; i < count; ++i) out[i] = code[i * word_rows];
+    return all_have_words(w, out, count);
+  }
+  const auto unpack = find_unpack(w.bits, std::make_integer_sequence<int, 16>{});
+  unpack(w.codes + row * w.row_bytes, static_cast<uint64_t>(from), static_cast<uint64_t>(from + count), w.codes + w.code_bytes, out);
+  return all_have_words(w, out, count);
 }
 
 template <int Unit>
@@ -98,20 +121,26 @@ struct Word {
     std::memcpy(&word, from, Unit * 4);
     return word;
   }
+#ifdef __F16C__
+  static inline Type read(const uint16_t* from) {
+    static_assert(Unit == 8);
+    return reinterpret_cast<Type>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+#endif
   static inline void write(float* to, const Type& word) { std::memcpy(to, &word, Unit * 4); }
 };
 
 // The sum of a group's codewords; Books of 0 are as many as `w` says.
-template <int Unit, int Books>
-static inline typename Word<Unit>::Type find_group(const Coded& w, const float* books, const uint32_t* codes) {
+template <int Unit, int Books, typename Element>
+static inline typename Word<Unit>::Type find_group(const Coded& w, const Element* books, const uint32_t* codes) {
   typename Word<Unit>::Type found = Word<Unit>::read(books + codes[0] * Unit);
   const int64_t count = Books == 0 ? w.books : Books;
   for (int64_t book = 1; book < count; ++book) found += Word<Unit>::read(books + book * book_floats(w) + codes[book] * Unit);
   return found;
 }
 
-template <int Unit, int Books, int Vectors>
-static void multiply_row(const Coded& w, const float* books, const uint32_t* codes, const float* inputs, float* sums) {
+template <int Unit, int Books, int Vectors, typename Element>
+static void multiply_row(const Coded& w, const Element* books, const uint32_t* codes, const float* inputs, float* sums) {
   using Sum = typename Word<Unit>::Type;
   constexpr int sets = Vectors == 1 ? 4 : 1;  // sums that do not wait for each other
   const int64_t count = groups(w), step = Books == 0 ? w.books : Books, stride = input_floats(w);
@@ -135,10 +164,9 @@ static void multiply_row(const Coded& w, const float* books, const uint32_t* cod
   }
 }
 
-template <int Unit, int Books>
-static void multiply_rows(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+template <int Unit, int Books, typename Element>
+static void multiply_rows(const Product& product, const Element* books, const float* prepared, int64_t first, int64_t last, float* scratch) {
   const Coded& w = *product.matrix;
-  const float* books = find_books(product, prepared);
   uint32_t* codes = reinterpret_cast<uint32_t*>(scratch);
   for (int64_t row = first; row < last; ++row) {
     if (!unpack_codes(w, row, 0, groups(w) * w.books, codes)) return product.broken->store(true);
@@ -182,7 +210,14 @@ static void add_columns(const Product& product, const float* prepared, int64_t v
 
 template <int Unit, int Books>
 static void multiply_some(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
-  if (!product.matrix->transposed) return multiply_rows<Unit, Books>(product, prepared, first, last, scratch);
+#ifdef __F16C__
+  if constexpr (Unit == 8 && Books == 1) {
+    if (reads_halves(*product.matrix)) {
+      return multiply_rows<Unit, Books>(product, static_cast<const uint16_t*>(product.matrix->indices), prepared, first, last, scratch);
+    }
+  }
+#endif
+  if (!product.matrix->transposed) return multiply_rows<Unit, Books>(product, find_books(product, prepared), prepared, first, last, scratch);
   if (product.vectors == 1) return add_columns<Unit, Books, 1>(product, prepared, 0, first, last, scratch);
   for (int64_t v = 0; v < product.vectors; v += tile) add_columns<Unit, Books, tile>(product, prepared, v, first, last, scratch);
 }

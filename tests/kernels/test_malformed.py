@@ -65,6 +65,7 @@ TERMS: dict[str, Callable[[], Term]] = {
         group_size=32,
     ),
     "codewords": lambda: Additive.from_codes(_codes(5, ROWS, 12, 2), _sample(2, 32, 8), _sample(ROWS, 1)),
+    "codewords in lines": lambda: Additive.from_codes(_codes(8, 70, 12, 2), _sample(2, 256, 8).half(), _sample(70, 1)).in_lines(),
     "codewords down columns": lambda: Transposed(Additive.from_codes(_codes(4, COLUMNS, 3, 1), _sample(1, 11 + 5, 4).half())),
     "sparse": lambda: Sparse.from_dense(_sample(ROWS, COLUMNS), _sample(ROWS, COLUMNS) < 0.2),
     "plain": lambda: Dense(_sample(ROWS, COLUMNS).half()),

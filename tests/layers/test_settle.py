@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fewbits.core.tensor import CompressedTensor
+from fewbits.formats.additive import Additive
 from fewbits.formats.lines import Lines
 from fewbits.formats.sparse import Sparse
 from fewbits.formats.uniform import Uniform
@@ -108,3 +109,35 @@ def test_an_embedding_in_lines_gives_its_rows(in_lines):
     assert isinstance(table.laid.weight.terms[0], Lines) and torch.equal(table(tokens), weight[tokens])
     inputs = torch.randn(2, 96)
     torch.testing.assert_close(TiedHead(table)(inputs), inputs @ weight.T, atol=1e-4, rtol=1e-5)
+
+
+def settled_codewords(rows: int = 320) -> tuple[Additive, CompressedLinear]:
+    """Codewords of which kernels may make tables, and the layer of them, settled."""
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(256, (rows, 12, 2), generator=generator)
+    term = Additive.from_codes(codes, torch.randn(2, 256, 8, generator=generator).half(), torch.rand(rows, 1, generator=generator).half())
+    return term, CompressedLinear(StoredLinear(CompressedTensor((term,)))).settle()
+
+
+def test_codewords_are_laid_in_lines_where_kernels_make_tables_and_stored_by_rows():
+    term, layer = settled_codewords()
+    laid, stored = layer.laid.weight.terms[0], layer.stored.weight.terms[0]
+    assert isinstance(laid, Additive) and isinstance(stored, Additive)
+    assert laid.lines == ("avx512vnni" in native.available()) and not stored.lines
+    assert torch.equal(laid.decode(), term.decode()) and torch.equal(stored.codes, term.codes)
+    assert torch.equal(layer.state_dict()["weight__terms__0__codes"], term.codes)
+    inputs = torch.randn(2, 96)
+    torch.testing.assert_close(layer(inputs), term.matmul(inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_codewords_that_are_loaded_into_a_settled_layer_are_those_that_it_holds():
+    (term, layer), (_, other) = settled_codewords(), settled_codewords(384)
+    fresh = CompressedLinear(other.stored)
+    other.load_state_dict(fresh.state_dict())
+    assert torch.equal(other.stored.weight.decode(), fresh.stored.weight.decode())
+    assert torch.equal(layer.weight, term.decode())
+
+
+def test_few_rows_of_codewords_stay_as_they_are():
+    _, layer = settled_codewords(192)
+    assert not layer.laid.weight.terms[0].lines

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fewbits.core.tensor import CompressedTensor
+from fewbits.formats.additive import Additive
 from fewbits.formats.dense import Dense
 from fewbits.formats.rotation import Hadamard
 from fewbits.formats.uniform import Uniform
@@ -78,6 +79,24 @@ def test_steps_are_those_of_the_layers_own_forward(kind, dtype, compressed, asse
     step_natively(other)
     with pytest.raises(AssertionError):  # at other bits it shows
         assert_close(run(lambda: logits(other, padding=3))[0], expected)
+
+
+def codewords_in_lines(weight):
+    """Any codewords of about the weight's size, where there are rows enough with codes of 64 rows side by side."""
+    generator = torch.Generator().manual_seed(len(weight))
+    codes = torch.randint(256, (len(weight), weight.shape[1] // 8, 2), generator=generator)
+    books = torch.randn(2, 256, 8, generator=generator) * weight.std() / 2**0.5
+    return (Additive.from_codes(codes, books.half(), torch.ones(len(weight), 1)).in_lines(),)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_steps_of_codewords_in_lines_are_those_of_the_layers_own_forward(dtype, compressed, assert_close):
+    model = compressed(dtype=dtype, terms=codewords_in_lines)
+    expected, _ = run(lambda: logits(model))
+    step_natively(model)
+    found, ran = run(lambda: logits(model))
+    assert ran["decoder_step"] > 0
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("tokens", range(1, FEW_TOKENS + 1))

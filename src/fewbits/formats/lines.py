@@ -1,4 +1,4 @@
-"""Codes in another order in memory: sixteen rows at a time, as kernels read them fastest."""
+"""Codes in another order in memory, as kernels read them fastest: sixteen rows at a time, or 64 of codewords."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.core.tensor import Term
+from fewbits.formats.additive import Additive
 from fewbits.formats.coded import Coded
 from fewbits.kernels import native
 from fewbits.kernels.layout import Description, in_lines
@@ -68,7 +69,11 @@ class Lines(Coded):
 
 
 def may_lie_in_lines(term: Term) -> bool:
-    """Whether kernels at hand read the term faster in lines: rows in sixteens, of whole words and groups that end with lines."""
+    """Whether kernels at hand read the term faster in lines: rows in sixteens, of whole words and groups that end with lines; or
+    codewords of which there are tables.
+    """
+    if isinstance(term, Additive):
+        return term.may_lie_in_lines()
     found = term.described() if isinstance(term, Coded) and not isinstance(term, Lines) else None
     if found is None or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in found.tensors):
         return False
@@ -78,9 +83,26 @@ def may_lie_in_lines(term: Term) -> bool:
     return fits and native.reads_lines(found.tensors, in_lines(found).layout)
 
 
-def names_in_lines(term: Coded) -> tuple[str, ...]:
-    """The fields of a term that lie in another order where it lies in lines."""
-    return tuple(_laid(term))
+def lay(term: Term, room: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The tensors of a term, which must fit, that lie in another order where it lies in lines, in what `room` gives for each."""
+    if isinstance(term, Additive):
+        return {"codes": term.in_lines(room).codes}
+    assert isinstance(term, Coded)
+    laid = Lines.lay(term, room).term
+    return {name: getattr(laid, name) for name in _laid(laid)}
+
+
+def laid(term: Term) -> Term:
+    """What a term stands for whose tensors are those that `lay` gave."""
+    if isinstance(term, Additive):
+        return replace(term, lines=True)
+    assert isinstance(term, Coded)
+    return Lines(term)
+
+
+def plain(term: Term) -> Term:
+    """The term by rows again."""
+    return term.plain() if isinstance(term, Lines) else term.in_rows() if isinstance(term, Additive) else term
 
 
 def _laid(term: Coded) -> dict[str, int]:

@@ -91,18 +91,19 @@ def sparse(values: Tensor, indices: Tensor, pointers: Tensor, columns: int) -> D
     return None if kind is None else Description((values, indices, pointers), (*sizes, kind, indices.element_size(), values.numel()))
 
 
-def vectors(codes: Tensor, books: Tensor, scales: Tensor | None, shape: tuple[int, int], transposed: bool = False) -> Description | None:
+def vectors(
+    codes: Tensor, books: Tensor, scales: Tensor | None, shape: tuple[int, int], *, transposed: bool = False, lines: bool = False
+) -> Description | None:
     """A matrix of `shape` whose codes stand for codewords `books [count, entries, unit]` along its rows, or down its columns where
-    `transposed`; one scale for each row of codes. None where kernels do not read them.
+    `transposed`; one scale for each row of codes. In `lines`, codes of 64 rows lie side by side. None where kernels do not read them.
     """
     count, entries, unit = books.shape
     width = max(1, (entries - 1).bit_length())
     kind, scaled = number(books.dtype), ABSENT if scales is None else dense(scales)
     if kind is None or scaled is None or unit not in _UNITS or width > 16:
         return None
-    return Description(
-        (codes, books, *scaled.tensors), (*shape, 0, VECTORS, kind, unit, count, width, entries, int(transposed), *scaled.layout)
-    )
+    sizes = (*shape, 0, VECTORS, kind, unit, count, width, entries, int(transposed), int(lines))
+    return Description((codes, books, *scaled.tensors), (*sizes, *scaled.layout))
 
 
 def signed_product(bits: Tensor, left: Tensor, right: Tensor) -> Description | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.core.tensor import CompressedTensor, Part, Term, from_stored
-from fewbits.formats.lines import Lines, may_lie_in_lines, names_in_lines
+from fewbits.formats.lines import laid, lay, may_lie_in_lines, plain
 from fewbits.kernels.native import Rooms, is_large
 
 _SEPARATOR = "__"  # buffer names may not contain dots
@@ -55,7 +55,7 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
     @property
     def stored(self) -> Stored:
         """The value that the buffers hold now, as it is written to a file; made anew where terms lie in lines."""
-        return _with_terms(self.laid, lambda _, term: term.plain() if isinstance(term, Lines) else term) if self._in_lines else self.laid
+        return _with_terms(self.laid, lambda place, term: plain(term) if place in self._in_lines else term) if self._in_lines else self.laid
 
     @property
     def laid(self) -> Stored:
@@ -86,10 +86,9 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
         for place, term in enumerate(self._terms()):
             if not may_lie_in_lines(term):
                 continue
-            laid = Lines.lay(cast(Any, term), rooms.like).term
-            for name in names_in_lines(laid):
+            for name, tensor in lay(term, rooms.like).items():
                 moved.add(_SEPARATOR.join(("weight", "terms", str(place), name)))
-                setattr(self, _SEPARATOR.join(("weight", "terms", str(place), name)), getattr(laid, name))
+                setattr(self, _SEPARATOR.join(("weight", "terms", str(place), name)), tensor)
             self._in_lines |= {place}
         return moved
 
@@ -120,7 +119,7 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
     def _remember(self, stored: Stored) -> None:
         self._seen = dict(self.named_buffers(recurse=False))
         if self._in_lines:
-            stored = _with_terms(stored, lambda place, term: Lines(cast(Any, term)) if place in self._in_lines else term)
+            stored = _with_terms(stored, lambda place, term: laid(term) if place in self._in_lines else term)
         self._stored = (stored,)  # in a tuple: what it holds are the buffers themselves
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -146,6 +146,16 @@ void make_sparse(Random& random, int64_t rows, int64_t columns, int64_t index_by
   matrix.coded.pointers = pointers;
 }
 
+// Bytes of 64 rows side by side.
+static const uint8_t* in_lines(const Coded& coded, int64_t rows, Memory& memory) {
+  uint8_t* lines = memory.take<uint8_t>(coded.code_bytes);
+  std::copy(coded.codes, coded.codes + coded.code_bytes, lines);
+  for (int64_t row = 0; row < rows / 64 * 64; ++row) {
+    for (int64_t i = 0; i < coded.row_bytes; ++i) lines[row / 64 * 64 * coded.row_bytes + i * 64 + row % 64] = coded.codes[row * coded.row_bytes + i];
+  }
+  return lines;
+}
+
 void make_codewords(Random& random, const Codewords& shape, Matrix& matrix) {
   begin(matrix, shape.rows, shape.columns);
   Coded& coded = matrix.coded;
@@ -161,6 +171,8 @@ void make_codewords(Random& random, const Codewords& shape, Matrix& matrix) {
   coded.row_bytes = (each * shape.bits + 7) / 8;
   coded.code_bytes = coded.row_bytes * across;
   coded.codes = pack(codes, across, each, shape.bits, matrix.memory);
+  coded.lines = shape.lines;
+  if (shape.lines) coded.codes = in_lines(coded, across, matrix.memory);
   coded.indices = books.values.data;
   coded.scales = scales.values;
   for (int64_t line = 0; line < across; ++line) {

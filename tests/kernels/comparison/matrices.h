@@ -43,6 +43,7 @@ struct Codewords {
   int bits;
   bool transposed;
   Number number;
+  bool lines = false;
 };
 
 void make_codewords(Random& random, const Codewords& shape, Matrix& matrix);

@@ -167,6 +167,15 @@ void compare_codewords(const Kernels& kernels, Random& random, Count& count) {
       }
     }
   }
+  for (const int64_t unit : {4, 8, 16}) {
+    for (const bool transposed : {false, true}) {
+      Matrix matrix;
+      const int64_t across = 64 + random.below(300), along = 1 + random.below(300);
+      make_codewords(random, {transposed ? along : across, transposed ? across : along, unit, 1 + random.below(4), 8, transposed, numbers[random.below(3)], true}, matrix);
+      matrix.name = named("codewords in lines", {across, along, unit, matrix.coded.books, transposed});
+      multiply_all(kernels, matrix, random, count);
+    }
+  }
 }
 
 }  // namespace
