@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.dense import Dense
-from fewbits.formats.lines import Lines, may_lie_in_lines, names_in_lines
+from fewbits.formats.lines import Lines, lay, may_lie_in_lines
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import native
 
@@ -35,7 +35,7 @@ def test_a_line_is_a_word_of_each_of_sixteen_rows_and_scales_a_number_of_each():
         assert lines[row // 16, word, row % 16] == words[row, word]
     for tensor, lies in ((term.scales, laid.scales), (term.zero_points, laid.zero_points)):
         assert all(lies.view(2, 2, 16)[row // 16, group, row % 16] == tensor[row, group] for row in (0, 7, 16, 31) for group in (0, 1))
-    assert names_in_lines(term) == ("codes", "scales", "zero_points")
+    assert list(lay(term, torch.empty_like)) == ["codes", "scales", "zero_points"]
 
 
 @given(

@@ -151,5 +151,5 @@ def test_what_cannot_lie_in_lines_is_an_error(isa, change):
         tensors[1] = tensors[1][:16]
     else:
         tensors[0] = tensors[0][:16]
-    with pytest.raises(ValueError, match="lines need|not of the size|do not fit"):
+    with pytest.raises(ValueError, match=r"lines need|not of the size|do not fit"):
         native.multiply(isa, tensors, sizes, torch.randn(1, sizes[1]))
