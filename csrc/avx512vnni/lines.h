@@ -196,8 +196,8 @@ struct Shape {
   static constexpr int enough = Planes > 0 ? 8 : 4;  // so that no sum is waited for
   static constexpr int repeats = weights * Vectors * places < enough ? enough / (weights * Vectors * places) : 1;
   static constexpr int sets = places * repeats;
-  // Where a line is computed with for longer than memory takes for it, all lines must be under way meanwhile. Where memory is waited for, it
-  // gives them one after another faster if only every fourth is asked for.
+  // Where a line is computed with for longer than memory takes for it, lines must be under way meanwhile. Where memory is waited for, it gives
+  // them one after another faster if nothing else is asked for.
   static constexpr bool computes = 8 * Digits * Vectors * (Planes > 0 ? Planes : 1) >= (8 % Bits == 0 ? 6 : 4) * Bits;
 };
 
@@ -224,7 +224,7 @@ static inline __attribute__((always_inline)) __m512i take(const __m512i* line) {
 }
 
 // A run of columns, one register of codes after the other.
-template <int Bits, int Digits, int Planes, int Vectors, bool All, int... K>
+template <int Bits, int Digits, int Planes, int Vectors, bool Fetch, int... K>
 static inline __attribute__((always_inline)) void add_run(const uint8_t* from, const int32_t* inputs, const __m512i* tables,
                                                           __m512i (*sums)[Shape<Bits, Digits, Planes, Vectors>::weights][Vectors],
                                                           std::integer_sequence<int, K...>) {
@@ -233,7 +233,7 @@ static inline __attribute__((always_inline)) void add_run(const uint8_t* from, c
 #pragma GCC unroll 8
   for (int i = 0; i < Bits; ++i) {
     line[i] = _mm512_loadu_si512(from + 64 * i);
-    if (All || i % 4 == 0) _mm_prefetch(reinterpret_cast<const char*>(from) + 64 * i + bytes_ahead, _MM_HINT_T1);
+    if constexpr (Fetch) _mm_prefetch(reinterpret_cast<const char*>(from) + 64 * i + bytes_ahead, _MM_HINT_T1);
   }
   const auto add = [&](auto k) __attribute__((always_inline)) {
     constexpr int at = decltype(k)::value, set = at % S::places * S::repeats + at / S::places % S::repeats;
@@ -271,7 +271,7 @@ static inline __attribute__((always_inline)) __m512 join(const __m512i (*sums)[S
   return total;
 }
 
-template <int Bits, int Digits, int Planes, int Vectors, bool All>
+template <int Bits, int Digits, int Planes, int Vectors, bool Fetch>
 static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& grid, const Levels* levels, const Inputs& of, int64_t which, __m512* totals) {
   using S = Shape<Bits, Digits, Planes, Vectors>;
   const int32_t* inputs = of.digits + which * of.words;
@@ -292,7 +292,7 @@ static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& gr
 #pragma GCC unroll 32
       for (int i = 0; i < S::sets * S::weights * Vectors; ++i) (&sums[0][0][0])[i] = _mm512_setzero_si512();
       for (; column < to; column += run, from += 64 * Bits, inputs += 8 * Digits * Vectors) {
-        add_run<Bits, Digits, Planes, Vectors, All>(from, inputs, tables, sums, std::make_integer_sequence<int, 8>{});
+        add_run<Bits, Digits, Planes, Vectors, Fetch>(from, inputs, tables, sums, std::make_integer_sequence<int, 8>{});
       }
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) sum[v] = _mm512_add_ps(sum[v], join<Bits, S, Vectors>(sums, v));

@@ -12,6 +12,7 @@ from fewbits.formats.lines import Lines
 from fewbits.formats.sparse import Sparse
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import native
+from fewbits.layers.conv import CompressedConv2d, StoredConv2d
 from fewbits.layers.embedding import CompressedEmbedding, TiedHead
 from fewbits.layers.linear import CompressedLinear, StoredLinear
 
@@ -141,3 +142,19 @@ def test_codewords_that_are_loaded_into_a_settled_layer_are_those_that_it_holds(
 def test_few_rows_of_codewords_stay_as_they_are():
     _, layer = settled_codewords(192)
     assert not layer.laid.weight.terms[0].lines
+
+
+def test_filters_which_are_decoded_at_each_call_stay_by_rows(in_lines):
+    _, stored = in_lines
+    filters = StoredConv2d(CompressedTensor(stored.weight.terms[:1]), (1, 3))
+    layer = CompressedConv2d(filters).settle(native.Rooms())
+    assert layer.laid is layer.stored and not isinstance(layer.laid.weight.terms[0], Lines)
+
+
+@pytest.mark.slow
+def test_a_layer_in_lines_is_compiled_to_one_graph(in_lines):
+    layer, _ = in_lines
+    inputs = torch.randn(3, 96)
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(inputs), layer(inputs), atol=1e-4, rtol=1e-5)

@@ -57,6 +57,8 @@ class StoredConv2d(Part, kind="conv2d"):
 class CompressedConv2d(CompressedLayer[StoredConv2d]):
     """y = W * x + b for `x [batch, channels, height, width]`."""
 
+    decoded_at_each_call = True
+
     def __init__(self, stored: StoredConv2d, bias: Tensor | None = None) -> None:
         super().__init__(stored, bias)
         self.out_channels, inputs, *_ = stored.shape

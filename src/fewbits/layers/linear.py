@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
     The stored tensors are buffers, which keep their dtypes whatever dtype the model is cast to. Those of some terms lie in another
     order where `settle` was called, which kernels read faster; what is saved has the order that is stored.
     """
+
+    decoded_at_each_call: ClassVar[bool] = False  # which is faster of codes that lie by rows
 
     def __init__(self, stored: Stored, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -84,7 +86,7 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
         """Terms that kernels read faster so; the names of the buffers that this moved."""
         moved = set()
         for place, term in enumerate(self._terms()):
-            if not may_lie_in_lines(term):
+            if self.decoded_at_each_call or not may_lie_in_lines(term):
                 continue
             for name, tensor in lay(term, rooms.like).items():
                 moved.add(_SEPARATOR.join(("weight", "terms", str(place), name)))
