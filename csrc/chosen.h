@@ -120,8 +120,7 @@ static void multiply_from_lines(const Product& product, const float* prepared, i
     rows.code_bytes = (row + line_rows) * w.row_bytes;
     for (Values* values : {&rows.scales, &rows.zeros}) {
       if (!values->lines) continue;
-      const int64_t item = values->kind == Values::packed ? 1 : values->number == Number::f32 ? 4 : 2;
-      values->data = bring_into_rows(values->data, row_bytes_of(*values, w.bits), item, row, room);
+      values->data = bring_into_rows(values->data, row_bytes_of(*values, w.bits), item_of(*values), row, room);
       values->lines = false;
     }
     Product some = product;

@@ -68,7 +68,7 @@ static void read_values(const Values& given, int bits, int64_t row, float* out, 
   Values values = given;
   if (given.lines) {
     const int64_t bytes = row_bytes_of(given, bits);
-    take_from_lines(given.data, bytes, given.kind == Values::packed ? 1 : given.number == Number::f32 ? 4 : 2, row, reinterpret_cast<uint8_t*>(scratch));
+    take_from_lines(given.data, bytes, item_of(given), row, reinterpret_cast<uint8_t*>(scratch));
     values.data = scratch, values.rows = 1, values.lines = false;
     scratch += values.columns + 2;
   }

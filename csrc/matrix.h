@@ -48,6 +48,11 @@ constexpr int64_t row_bytes_of(const Values& values, int bits) {
   return values.columns * (values.kind == Values::table ? 1 : values.number == Number::f32 ? 4 : 2);
 }
 
+// Bytes of a row that lie together where it lies in lines.
+constexpr int64_t item_of(const Values& values) {
+  return values.kind == Values::packed || values.kind == Values::table ? 1 : values.number == Number::f32 ? 4 : 2;
+}
+
 // A matrix [rows, columns] of packed codes: value = (code - zero) * scale, or levels[code] * scale.
 // Every row is a little-endian bit stream that begins at a byte; `group` neighbouring columns share a scale.
 //

@@ -160,7 +160,7 @@ class Reader {
     coded.zeros = read_values(coded, depth);
     for (Values* values : {&coded.scales, &coded.zeros}) {
       const bool own = values->rows == coded.rows && values->ends == nullptr && values->data != nullptr;
-      values->lines = coded.lines && own && (values->kind == Values::dense || values->kind == Values::packed || values->kind == Values::signs);
+      values->lines = coded.lines && own;
     }
     check(coded);
     return coded;

@@ -130,7 +130,7 @@ static void read_by_groups(const Coded& w, const Values& values, float missing, 
     return;
   }
   for (int half = 0; half < 2; ++half) {
-    if (values.lines) {
+    if (values.lines && values.kind != Values::table) {
       read_lines(w, values, rows.row[16 * half], to + 16 * half);
       continue;
     }

@@ -164,7 +164,7 @@ static Grid find_grid(const Coded& w, const Levels* levels, int64_t row, float* 
   const auto find = [&](const Values& values, float* to, Number& number) -> const uint8_t* {
     if (values.kind == Values::none || (values.kind == Values::signs && values.data == nullptr)) return nullptr;
     number = values.number;
-    if (values.lines) return static_cast<const uint8_t*>(values.data) + row * row_bytes_of(values, w.bits);
+    if (values.lines && values.kind != Values::table) return static_cast<const uint8_t*>(values.data) + row * row_bytes_of(values, w.bits);
     read_sixteen(w, values, [row](int64_t r) { return row + r; }, to, room + 3 * each);
     number = Number::f32;
     return reinterpret_cast<const uint8_t*>(to);

@@ -11,6 +11,7 @@ from torch import Tensor
 from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.lines import Lines
+from fewbits.formats.minifloat import E2M1, Minifloat
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import layout, native
 
@@ -106,6 +107,15 @@ def test_signs_and_scales_of_every_kind(isa, scales):
         term = Binary.from_signs(signs, held, torch.randn(32, 4).half() if scales == "own" else None, group_size=32)
     for vectors in (1, 4, 40):
         assert_agrees(term, torch.randn(vectors, 128, generator=generator))
+
+
+@pytest.mark.parametrize("scales", ["e8m0", "e4m3"])
+def test_minifloats_whose_scales_are_bytes_of_a_table(isa, scales):
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(5))
+    term = Minifloat.round_to_nearest(weight, E2M1, block_size=32, scale_format=scales)
+    assert torch.equal(Lines.lay(term).decode(), term.define())
+    for vectors, dtype in ((1, torch.float32), (3, torch.bfloat16), (40, torch.bfloat16)):
+        assert_agrees(term, torch.randn(vectors, 128).to(dtype))
 
 
 def test_rows_so_long_that_sums_are_taken_in_parts():

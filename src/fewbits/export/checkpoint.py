@@ -169,7 +169,7 @@ def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32, memory: int 
     if memory is not None:  # of a stack no more is fetched than is loaded
         return with_layers(source, layers, dtype)
     with source.read_whole():
-        return _put_together(source, layers, dtype)  # whose tensors are where kernels read fast
+        return _put_together(source, layers, dtype, Rooms())  # where what was read lies by rows is given back layer by layer
 
 
 def with_layers(source: ModelSource, layers: Iterable[tuple[str, StoredLinear]], dtype: torch.dtype) -> PreTrainedModel:
@@ -182,10 +182,15 @@ def with_layers(source: ModelSource, layers: Iterable[tuple[str, StoredLinear]],
     return model
 
 
-def _put_together(source: ModelSource, layers: Iterable[tuple[str, StoredLinear]], dtype: torch.dtype) -> PreTrainedModel:
+def _put_together(
+    source: ModelSource, layers: Iterable[tuple[str, StoredLinear]], dtype: torch.dtype, rooms: Rooms | None = None
+) -> PreTrainedModel:
+    """Layers settle in `rooms`, where there are some, as they come."""
     shell = source.shell()
     for name, stored in layers:
-        place_compressed(shell, name, stored, dtype)
+        layer = place_compressed(shell, name, stored, dtype)
+        if rooms is not None:
+            layer.settle(rooms)
     source.load_module(shell, "", dtype)
     shell.tie_weights()
     compute_natively(shell)
