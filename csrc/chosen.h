@@ -67,20 +67,6 @@ static int64_t bytes_of_lines(const Coded& w) {
   return w.lines ? rounded_up(line_rows * w.row_bytes, 64) + bytes_of_lines(w.scales, w.bits) + bytes_of_lines(w.zeros, w.bits) : 0;
 }
 
-static int64_t parts(const Product& product) {
-#ifdef FEWBITS_LINES
-  if (word_tables::serves(*product.matrix, product.vectors)) return word_tables::parts(product);
-#endif
-  return (void)product, 0;
-}
-
-static void make_part(const Product& product, int64_t part, float* room) {
-#ifdef FEWBITS_LINES
-  word_tables::make_part(product, part, room);
-#endif
-  (void)product, (void)part, (void)room;
-}
-
 // For products and for decoding.
 static int64_t scratch_floats(const Coded& w, int64_t vectors) {
   if (w.form == Coded::vectors) return vectors::scratch_floats(w);
@@ -153,19 +139,22 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
 }
 
 #ifdef FEWBITS_LINES
+static int64_t parts(const Product& product) { return word_tables::serves(*product.matrix, product.vectors) ? word_tables::parts(product) : 0; }
 static bool reads_lines(const Coded& w) { return lines::serves(w) || word_tables::serves(w, 1); }
 #endif
 
 }  // namespace chosen
 
 constexpr Kernels make_kernels(const char* name, const Panels* (*panels)(const Product&) = nullptr) {
+  Kernels made{};
+  made.name = name, made.panels = panels;
+  made.prepared_floats = chosen::prepared_floats, made.prepare = chosen::prepare, made.padded_vectors = padded_vectors;
+  made.scratch_floats = chosen::scratch_floats, made.multiply = chosen::multiply, made.decode = decode;
+  made.feed_back = feed_back, made.rotate = rotate;
 #ifdef FEWBITS_LINES
-  bool (*reads)(const Coded&) = chosen::reads_lines;
-#else
-  bool (*reads)(const Coded&) = nullptr;
+  made.parts = chosen::parts, made.make_part = word_tables::make_part, made.reads_lines = chosen::reads_lines;
 #endif
-  return {name, chosen::prepared_floats, chosen::prepare, padded_vectors, chosen::parts, chosen::make_part, chosen::scratch_floats,
-          chosen::multiply, decode, feed_back, rotate, panels, reads};
+  return made;
 }
 
 }  // namespace FEWBITS_ISA

@@ -132,6 +132,21 @@ static float find_unit(const float* inputs, int64_t count, int bits) {
   return as_float(static_cast<uint32_t>(exponent - bits + 127) << 23);
 }
 
+// Inputs that share a unit as whole numbers of it, of so many bits; zeros, and a unit that is no number, where one is not finite.
+static float to_whole_numbers(const float* inputs, int64_t count, int bits, int32_t* numbers) {
+  const float unit = find_unit(inputs, count, bits);
+  const bool finite = unit == unit;
+  to_integers(inputs, rounded_up(count, lanes), finite ? 1.0f / unit : 0.0f, numbers);
+  if (!finite) std::memset(numbers, 0, static_cast<size_t>(count) * 4);
+  return unit;
+}
+
+static int64_t sum_of_numbers(const int32_t* numbers, int64_t count) {
+  int64_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += numbers[i];
+  return sum;
+}
+
 template <int Bits, int Digits>
 static void prepare_as(const Product& product, const Plan& plan, int64_t vector, float* room) {
   using Shape = Block<Bits, Digits>;
@@ -149,16 +164,11 @@ static void prepare_as(const Product& product, const Plan& plan, int64_t vector,
   for (int64_t g = w.groups; g < group_stride(w); ++g) units[g] = sums[g] = 0.0f;
   for (int64_t from = 0; from < columns; from += plan.run) {
     const int64_t count = least(plan.run, columns - from);
-    const float unit = find_unit(values + from, count, Shape::digit_bytes == 2 ? 23 : 8 * Digits - 1);
-    const bool finite = unit == unit;
-    to_integers(values + from, count, finite ? 1.0f / unit : 0.0f, numbers + from);
-    if (!finite) std::memset(numbers + from, 0, static_cast<size_t>(count) * 4);
+    const float unit = to_whole_numbers(values + from, count, Shape::digit_bytes == 2 ? 23 : 8 * Digits - 1, numbers + from);
     for (int64_t g = ceiling(from, w.group); g < w.groups && g * w.group < from + count; ++g) {
       const int64_t first = g * w.group, last = least(first + w.group, columns);
-      int64_t sum = 0;
-      for (int64_t c = first; c < last; ++c) sum += numbers[c];
       units[g] = unit;
-      sums[g] = static_cast<float>(sum) * unit;
+      sums[g] = static_cast<float>(sum_of_numbers(numbers + first, last - first)) * unit;
     }
   }
   for (int64_t block = 0; block < plan.blocks; ++block) {

@@ -64,13 +64,12 @@ static void take_from_lines(const void* data, int64_t row_bytes, int64_t item, i
 }
 
 // Row `row` of scales, zero points or levels as numbers; `bits` is the width of packed ones.
-static void read_values(const Values& given, int bits, int64_t row, float* out, float* scratch) {
-  Values values = given;
-  if (given.lines) {
-    const int64_t bytes = row_bytes_of(given, bits);
-    take_from_lines(given.data, bytes, item_of(given), row, reinterpret_cast<uint8_t*>(scratch));
-    values.data = scratch, values.rows = 1, values.lines = false;
-    scratch += values.columns + 2;
+static void read_values(const Values& values, int bits, int64_t row, float* out, float* scratch) {
+  if (values.lines) {
+    Values one = values;
+    take_from_lines(values.data, row_bytes_of(values, bits), item_of(values), row, reinterpret_cast<uint8_t*>(scratch));
+    one.data = scratch, one.rows = 1, one.lines = false;
+    return read_values(one, bits, 0, out, scratch + values.columns + 2);
   }
   const int64_t count = values.columns, at = place_of(values, row);
   if (values.kind == Values::coded) return decode_row(*values.inner, at, out, scratch);
@@ -84,13 +83,6 @@ static void read_values(const Values& given, int bits, int64_t row, float* out, 
   }
 }
 
-static void read_offsets(const Values& values, int64_t row, float* out) {
-  if (values.data == nullptr) return;
-  if (!values.lines) return read_numbers(values.data, values.rows == 1 ? 0 : row * values.columns, values.number, values.columns, out);
-  const int64_t first = row / line_rows * line_rows * values.columns + row % line_rows;
-  for (int64_t i = 0; i < values.columns; ++i) out[i] = number_at(values.data, first + i * line_rows, values.number);
-}
-
 // Scales of a row, and zero points times scales; what is past the last group is zero.
 static void read_grid(const Coded& w, int64_t row, float* scales, float* shifts, float* scratch) {
   if (w.scales.kind == Values::none) for (int64_t g = 0; g < w.groups; ++g) scales[g] = 1.0f;
@@ -98,7 +90,7 @@ static void read_grid(const Coded& w, int64_t row, float* scales, float* shifts,
   for (int i = 0; i < lanes; ++i) scales[w.groups + i] = shifts[w.groups + i] = 0.0f;
   if (w.levels.kind != Values::none) return;
   if (w.zeros.kind == Values::signs) {  // (2 code - 1) scale + offset
-    read_offsets(w.zeros, row, scratch);
+    if (w.zeros.data != nullptr) read_values(w.zeros, w.bits, row, scratch, scratch + w.groups);
     for (int64_t g = 0; g < w.groups; ++g) {
       shifts[g] = scales[g] - (w.zeros.data == nullptr ? 0.0f : scratch[g]);
       scales[g] *= 2.0f;
@@ -134,8 +126,7 @@ static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) 
   if (three) for (int64_t c = 0; c < w.columns; ++c) out[c] = static_cast<float>(codes[c]);
   if (w.scales.kind != Values::none) read_values(w.scales, w.bits, row, scales, rest);
   if (w.levels.kind != Values::none) read_values(w.levels, w.bits, row, levels, rest);
-  else if (w.zeros.kind == Values::signs) read_offsets(w.zeros, row, zeros);
-  else if (w.zeros.kind != Values::none) read_values(w.zeros, w.bits, row, zeros, rest);
+  else if (w.zeros.kind == Values::signs ? w.zeros.data != nullptr : w.zeros.kind != Values::none) read_values(w.zeros, w.bits, row, zeros, rest);
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t from = g * w.group, to = least(from + w.group, w.columns);
     if (w.levels.kind != Values::none) {

@@ -106,11 +106,7 @@ static void round_inputs(const Product& product, const Plan& plan, int64_t vecto
   for (int64_t c = there; c < plan.room; ++c) values[c] = 0.0f;
   for (int64_t group = 0; group < w.groups; ++group) {
     const int64_t from = group * w.group, count = least(w.group, w.columns - from);
-    const float unit = fixed::find_unit(values + from, count, 8 * plan.digits - 1);
-    const bool finite = unit == unit;
-    to_integers(values + from, rounded_up(count, lanes), finite ? 1.0f / unit : 0.0f, numbers + from);
-    if (!finite) std::memset(numbers + from, 0, static_cast<size_t>(count) * 4);
-    units[group] = unit;
+    units[group] = fixed::to_whole_numbers(values + from, count, 8 * plan.digits - 1, numbers + from);
   }
 }
 

@@ -137,3 +137,19 @@ def small_model(tmp_path):
         return tmp_path
 
     return make
+
+
+@pytest.fixture
+def on_threads():
+    """Runs something with each of some numbers of threads, one number after another: what came out of each."""
+    before = torch.get_num_threads()
+
+    def run(compute, numbers=(1, 2, 3)):
+        found = []
+        for number in numbers:
+            torch.set_num_threads(number)
+            found.append(compute())
+        return found
+
+    yield run
+    torch.set_num_threads(before)

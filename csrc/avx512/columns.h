@@ -120,8 +120,6 @@ static void read_lines(const Coded& w, const Values& values, int64_t row, float*
   for (int64_t g = w.groups; g < padded_groups(w); ++g) _mm512_storeu_ps(to + g * panel_rows, _mm512_setzero_ps());
 }
 
-static inline int64_t groups_room(const Coded& w) { return sixteen_room(w); }
-
 // Scales or zero points of a panel's rows, `[padded groups, panel_rows]`; `missing` where none are stored.
 static void read_by_groups(const Coded& w, const Values& values, float missing, const PanelRows& rows, float* to, float* room) {
   const int64_t groups = padded_groups(w);

@@ -73,7 +73,7 @@ static int64_t words_of_each(const Coded& w, int64_t tiles) {
 template <class Kind>
 static int64_t scratch_bytes(const Product& product, int64_t tiles) {
   const Coded& w = *product.matrix;
-  const int64_t rows = way_of(w) == Way::rows ? 17 * padded_columns(w) + decode_floats(w) : 0, grids = groups_room(w);
+  const int64_t rows = way_of(w) == Way::rows ? 17 * padded_columns(w) + decode_floats(w) : 0, grids = sixteen_room(w);
   return (words_of_each<Kind>(w, tiles) * panels_at_once + (rows > grids ? rows : grids)) * 4;
 }
 

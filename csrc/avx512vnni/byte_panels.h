@@ -199,7 +199,7 @@ struct Panel {
 static int64_t scratch_bytes(const Product& product, int64_t tiles) {
   const Coded& w = *product.matrix;
   const Cut cut(w);
-  return (panels_at_once * Panel::words(w, cut, tiles) + groups_room(w)) * 4 + cut.segments * static_cast<int64_t>(sizeof(Step));
+  return (panels_at_once * Panel::words(w, cut, tiles) + sixteen_room(w)) * 4 + cut.segments * static_cast<int64_t>(sizeof(Step));
 }
 
 static void read_grid(const Coded& w, const PanelRows& rows, const Panel& panel) {
@@ -331,7 +331,7 @@ static void multiply(const Product& product, const uint8_t* prepared, int64_t ro
   const PanelRows rows[] = {PanelRows(w, row), PanelRows(w, row + panel_rows)}, next(w, row + panels_at_once * panel_rows);
   const Panel panels[] = {Panel(w, cut, last - first, 0, memory), Panel(w, cut, last - first, 1, memory)};
   for (int64_t p = 0; p < count; ++p) read_grid(w, rows[p], panels[p]);
-  Step* steps = reinterpret_cast<Step*>(panels[0].room + groups_room(w));
+  Step* steps = reinterpret_cast<Step*>(panels[0].room + sixteen_room(w));
   find_steps(cut, steps);
   int64_t segment = 0, run = 0;
   for (int64_t column = 0; column < cut.columns; column += cut.block) {

@@ -17,7 +17,7 @@ constexpr int64_t run = 32;            // columns of whole lines, whatever the w
 constexpr int64_t longest = 1 << 14;   // columns whose products are summed in 32 bits
 constexpr int64_t most_vectors = 4;    // that share a look at the codes
 constexpr int64_t bytes_ahead = 1 << 14;  // of what is fetched, into the second cache
-constexpr int64_t small_group = 64;
+constexpr int64_t small_group = 64;     // columns up to which scaling sums takes as long as memory does
 
 static bool serves(const Coded& w) {
   const bool whole = w.columns % run == 0 && (w.groups == 1 || w.group % run == 0);
@@ -87,14 +87,8 @@ static void prepare(const Product& product, int64_t vector, float* memory) {
   for (int64_t c = there; c < w.columns; ++c) values[c] = 0.0f;
   for (int64_t g = 0; g < w.groups; ++g) {
     const int64_t first = g * w.group, count = least(w.group, w.columns - first);
-    const float unit = fixed::find_unit(values + first, count, 8 * product.digits - 1);
-    const bool finite = unit == unit;
-    to_integers(values + first, count, finite ? 1.0f / unit : 0.0f, numbers + first);
-    if (!finite) std::memset(numbers + first, 0, static_cast<size_t>(count) * 4);
-    int64_t sum = 0;
-    for (int64_t c = first; c < first + count; ++c) sum += numbers[c];
-    units[g * to.tile] = unit;
-    sums[g * to.tile] = static_cast<float>(sum);  // in units
+    units[g * to.tile] = fixed::to_whole_numbers(values + first, count, 8 * product.digits - 1, numbers + first);
+    sums[g * to.tile] = static_cast<float>(fixed::sum_of_numbers(numbers + first, count));  // in units
   }
   alignas(32) uint8_t order[run];
   for (int i = 0; i < run; ++i) order[i] = static_cast<uint8_t>(column_of(w.bits, i / 4, i % 4));

@@ -95,6 +95,7 @@ def test_only_what_a_kernel_reads_faster_so_lies_in_lines():
 @READ
 @pytest.mark.parametrize("isa", ["none", "scalar", "avx2", "avx512"])
 def test_kernels_that_do_not_read_lines_are_given_none(isa, monkeypatch):
-    if isa in ("none", *native.available()):
-        monkeypatch.setenv("FEWBITS_FORCE_ISA", isa)
-        assert not may_lie_in_lines(uniform(32, 96))
+    if isa not in ("none", *native.available()):
+        pytest.skip(f"this machine has no {isa}")
+    monkeypatch.setenv("FEWBITS_FORCE_ISA", isa)
+    assert not may_lie_in_lines(uniform(32, 96))

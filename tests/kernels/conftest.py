@@ -1,11 +1,11 @@
 """What the tests of the kernels share."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 
+from fewbits.formats.uniform import Uniform
 from fewbits.kernels import native
 
 
@@ -16,17 +16,20 @@ def isa(request, monkeypatch) -> Iterator[str]:
     yield request.param
 
 
-@pytest.fixture
-def on_threads() -> Iterator[Callable[..., list[Any]]]:
-    """Runs something with each of some numbers of threads, one number after another: what came out of each."""
-    before = torch.get_num_threads()
+def _uniform(bits, rows, columns, group_size, zeros="integer", dtype=torch.float16, shared=False, seed=0) -> Uniform:  # noqa: PLR0913
+    generator = torch.Generator().manual_seed(seed)
+    groups, scale_rows = -(-columns // (group_size or columns)), 1 if shared else rows
+    codes = torch.randint(2**bits, (rows, columns), generator=generator)
+    scales = (torch.rand(scale_rows, groups, generator=generator) + 0.1).to(dtype)
+    zero_points = {
+        "symmetric": None,
+        "integer": torch.randint(2**bits, (scale_rows, groups), generator=generator),
+        "real": (torch.randn(scale_rows, groups, generator=generator) * 2**bits).to(dtype),
+    }[zeros]
+    return Uniform.from_codes(codes, scales, zero_points, bits=bits, group_size=group_size)
 
-    def run(compute: Callable[[], Any], numbers: tuple[int, ...] = (1, 2, 3)) -> list[Any]:
-        found = []
-        for number in numbers:
-            torch.set_num_threads(number)
-            found.append(compute())
-        return found
 
-    yield run
-    torch.set_num_threads(before)
+@pytest.fixture(scope="session")
+def uniform() -> Callable[..., Uniform]:
+    """Random codes on grids of any kind: symmetric, of whole zero points, or of real ones."""
+    return _uniform

@@ -36,19 +36,6 @@ def sample(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def uniform(bits, rows, columns, group_size, zeros, dtype=torch.float16, shared=False, seed=0) -> Uniform:  # noqa: PLR0913
-    generator = sample(seed)
-    groups, scale_rows = -(-columns // (group_size or columns)), 1 if shared else rows
-    codes = torch.randint(2**bits, (rows, columns), generator=generator)
-    scales = (torch.rand(scale_rows, groups, generator=generator) + 0.1).to(dtype)
-    zero_points = {
-        "symmetric": None,
-        "integer": torch.randint(2**bits, (scale_rows, groups), generator=generator),
-        "real": (torch.randn(scale_rows, groups, generator=generator) * 2**bits).to(dtype),
-    }[zeros]
-    return Uniform.from_codes(codes, scales, zero_points, bits=bits, group_size=group_size)
-
-
 def grid_size(term: Term) -> Tensor:
     """The largest |code * scale| + |zero * scale| of a row: `[rows, 1]`, what rounding errors are relative to."""
     if not isinstance(term, Uniform):
@@ -79,7 +66,7 @@ def fixed_point(isa: str, bits: int) -> bool:
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("digits", [1, 2])
-def test_fewer_digits_of_inputs_are_asked_for_and_keep_their_own_limit(isa, bits, digits, monkeypatch):
+def test_fewer_digits_of_inputs_are_asked_for_and_keep_their_own_limit(isa, bits, digits, monkeypatch, uniform):
     monkeypatch.setenv("FEWBITS_INPUT_DIGITS", str(digits))
     for columns, group_size in ((1100, None), (390, 128), (256, 32)):
         term, inputs = uniform(bits, 11, columns, group_size, "integer"), torch.randn(3, columns, generator=sample(4))
@@ -93,7 +80,7 @@ def test_fewer_digits_of_inputs_are_asked_for_and_keep_their_own_limit(isa, bits
 
 
 @pytest.mark.parametrize("dtype, digits", [(torch.bfloat16, "2"), (torch.float16, "3"), (torch.float32, "3")])
-def test_bfloat16_inputs_have_two_digits_and_others_three_where_nothing_is_asked_for(isa, dtype, digits, monkeypatch):
+def test_bfloat16_inputs_have_two_digits_and_others_three_where_nothing_is_asked_for(isa, dtype, digits, monkeypatch, uniform):
     term, inputs = uniform(4, 40, 1024, 128, "integer"), torch.randn(2, 1024, generator=sample(4)).to(dtype)
     unasked = term.matmul(inputs)
     found = {}
@@ -104,13 +91,13 @@ def test_bfloat16_inputs_have_two_digits_and_others_three_where_nothing_is_asked
     assert torch.equal(found["1"], found["3"]) != fixed_point(isa, 4)
 
 
-def test_digits_out_of_range_are_an_error(isa, monkeypatch):
+def test_digits_out_of_range_are_an_error(isa, monkeypatch, uniform):
     monkeypatch.setenv("FEWBITS_INPUT_DIGITS", "4")
     with pytest.raises(InputError, match="FEWBITS_INPUT_DIGITS='4' is out of range; 1, 2 or 3 would be right"):
         uniform(4, 4, 16, 8, "integer").matmul(torch.randn(1, 16))
 
 
-def test_an_input_far_above_the_others_and_inputs_of_any_size(isa):
+def test_an_input_far_above_the_others_and_inputs_of_any_size(isa, uniform):
     term = uniform(4, 9, 512, 128, "real")
     inputs = torch.randn(4, 512, generator=sample(1))
     inputs[0, 77] = 3e4
@@ -191,7 +178,7 @@ SHAPES = {  # of a matrix and of what it is multiplied with
     shared=st.booleans(),
     shape=st.fixed_dictionaries(SHAPES),
 )
-def test_uniform_products_agree(bits, zeros, dtype, input_dtype, shared, shape):
+def test_uniform_products_agree(bits, zeros, dtype, input_dtype, shared, shape, uniform):
     rows, columns, group_size, vectors, seed = (shape[name] for name in SHAPES)
     term = uniform(bits, rows, columns, group_size, zeros, dtype, shared, seed)
     inputs = torch.randn(vectors, columns, generator=sample(seed)).to(input_dtype)
@@ -204,7 +191,7 @@ def test_uniform_products_agree(bits, zeros, dtype, input_dtype, shared, shape):
 # Every path of the lanes at every width: whole rows, groups of many blocks, of parts of one, of neither, of single columns.
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("columns, group_size", [(700, None), (1100, 512), (390, 128), (260, 32), (130, 16), (250, 24), (70, 5)])
-def test_every_width_meets_every_grid(isa, bits, columns, group_size):
+def test_every_width_meets_every_grid(isa, bits, columns, group_size, uniform):
     for vectors in (1, 3, 8):
         for rows, zeros in ((1, "symmetric"), (6, "integer"), (37, "real")):
             term = uniform(bits, rows, columns, group_size, zeros)
@@ -240,7 +227,7 @@ def test_minifloat_products_agree(isa, layout, scale_format):
             assert_agrees(term, torch.randn(vectors, 200, generator=sample(1)))
 
 
-def test_scales_of_a_second_level(isa):
+def test_scales_of_a_second_level(isa, uniform):
     codes = torch.randint(8, (9, 192), generator=sample(0))
     scales = uniform(6, 9, 12, 4, "integer", seed=1)
     zeros = uniform(4, 9, 12, None, "symmetric", seed=2)
@@ -256,7 +243,7 @@ def test_scales_of_a_second_level(isa):
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     **{name: SHAPES[name] for name in ("rows", "columns", "group_size")},
 )
-def test_decoding_is_bit_for_bit_the_definition(bits, zeros, dtype, rows, columns, group_size):
+def test_decoding_is_bit_for_bit_the_definition(bits, zeros, dtype, rows, columns, group_size, uniform):
     term = uniform(bits, rows, columns, group_size, zeros)
     with pytest.MonkeyPatch.context() as patch:
         for name in TESTED:
@@ -273,13 +260,13 @@ def test_rounding_to_16_bits_is_torchs(isa):
         assert torch.equal(term.decode(dtype), term.define(dtype))
 
 
-def test_a_product_is_the_same_each_time_and_on_any_number_of_threads(isa, on_threads):
+def test_a_product_is_the_same_each_time_and_on_any_number_of_threads(isa, on_threads, uniform):
     term, inputs = uniform(4, 300, 256, 32, "integer"), torch.randn(3, 256, generator=sample(1))
     found = on_threads(lambda: [term.matmul(inputs) for _ in range(20)], (1, 1, 2, 3, 2))
     assert all(torch.equal(found[0][0], other) for some in found for other in some)
 
 
-def test_many_vectors_are_a_matrix_product_of_decoded_tiles_where_there_are_no_panels(isa, monkeypatch):
+def test_many_vectors_are_a_matrix_product_of_decoded_tiles_where_there_are_no_panels(isa, monkeypatch, uniform):
     monkeypatch.setattr(dispatch, "_takes_many", lambda _: False)
     term, inputs = uniform(3, 50, 64, 16, "real"), torch.randn(2, 20, 64, generator=sample(0))
     whole = term.matmul(inputs)
@@ -290,7 +277,7 @@ def test_many_vectors_are_a_matrix_product_of_decoded_tiles_where_there_are_no_p
     assert dispatch.counts["decode"] == before + 8  # tiles of 7 of the 50 rows
 
 
-def test_the_definition_serves_gradients(isa):
+def test_the_definition_serves_gradients(isa, uniform):
     term, inputs = uniform(4, 5, 16, 8, "integer"), torch.randn(2, 16, requires_grad=True)
     before = dispatch.counts["definition"]
     term.matmul(inputs).sum().backward()
@@ -298,7 +285,7 @@ def test_the_definition_serves_gradients(isa):
     torch.testing.assert_close(inputs.grad, term.define().sum(0).expand(2, -1))
 
 
-def test_a_layer_uses_it_and_equals_its_definition(isa):
+def test_a_layer_uses_it_and_equals_its_definition(isa, uniform):
     layer = CompressedLinear(StoredLinear(CompressedTensor((uniform(4, 24, 96, 32, "integer"), uniform(2, 24, 96, None, "symmetric")))))
     inputs, before = torch.randn(1, 3, 96, generator=sample(0)), dispatch.counts["multiply_sums"]
     found = layer(inputs)
@@ -310,7 +297,7 @@ def test_a_layer_uses_it_and_equals_its_definition(isa):
     torch.testing.assert_close(rounded.double(), expected, rtol=2**-7, atol=0.05)
 
 
-def test_an_unknown_instruction_set_is_an_error(monkeypatch):
+def test_an_unknown_instruction_set_is_an_error(monkeypatch, uniform):
     term = uniform(4, 4, 16, 8, "integer")
     monkeypatch.setenv("FEWBITS_FORCE_ISA", "sse9")
     with pytest.raises(
@@ -325,7 +312,7 @@ def test_an_unknown_instruction_set_is_an_error(monkeypatch):
     native._choose.cache_clear()
 
 
-def test_the_definitions_can_be_asked_for(monkeypatch):
+def test_the_definitions_can_be_asked_for(monkeypatch, uniform):
     term, inputs = uniform(4, 4, 16, 8, "integer"), torch.randn(1, 16)
     monkeypatch.setenv("FEWBITS_FORCE_ISA", "none")
     before = Counts()
@@ -363,7 +350,7 @@ assert [str(one.message)[:46] for one in said] == ["fewbits runs without its nat
     assert ended.returncode == 0, ended.stderr
 
 
-def test_sizes_that_do_not_fit_are_refused_before_anything_is_read(isa):
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_read(isa, uniform):
     term = uniform(4, 6, 64, 16, "integer")
     matrix = term.described()
     inputs = torch.randn(1, 64)

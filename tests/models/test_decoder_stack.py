@@ -73,13 +73,9 @@ def test_every_instruction_set_and_none(isa, monkeypatch, compressed, three_term
     assert_close(found, expected)
 
 
-def test_threads_and_digits_are_asked_for_at_every_token(monkeypatch, stacked, run, logits):
-    model, before = stacked("llama, biases", torch.bfloat16), torch.get_num_threads()
-    found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(run(lambda: logits(model))[0])
-    torch.set_num_threads(before)
+def test_threads_and_digits_are_asked_for_at_every_token(monkeypatch, on_threads, stacked, run, logits):
+    model = stacked("llama, biases", torch.bfloat16)
+    found = on_threads(lambda: run(lambda: logits(model))[0])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     monkeypatch.setenv("FEWBITS_INPUT_DIGITS", "1")
     fewer, ran = run(lambda: logits(model))

@@ -124,14 +124,10 @@ def test_every_instruction_set_and_none(isa, monkeypatch, compressed, three_term
     assert_close(found, expected)
 
 
-def test_threads_and_digits_are_asked_for_at_every_step(monkeypatch, compressed):
-    model, before = compressed(dtype=torch.bfloat16), torch.get_num_threads()
+def test_threads_and_digits_are_asked_for_at_every_step(monkeypatch, on_threads, compressed):
+    model = compressed(dtype=torch.bfloat16)
     step_natively(model)
-    found = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        found.append(run(lambda: logits(model))[0])
-    torch.set_num_threads(before)
+    found = on_threads(lambda: run(lambda: logits(model))[0])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     monkeypatch.setenv("FEWBITS_INPUT_DIGITS", "1")
     fewer, ran = run(lambda: logits(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from fewbits.core.files import written_whole
 from fewbits.export.folder import copy_companions, quantization_config, write_shards
 from fewbits.export.stack import Stack, describe_stack, memory_in_bytes, shortened
 from fewbits.kernels.native import Rooms
-from fewbits.layers.linear import CompressedLayer, CompressedLinear, StoredLinear
+from fewbits.layers.linear import CompressedLinear, StoredLinear
 from fewbits.models.adapter import Adapter
 from fewbits.models.natively import compute_natively
 from fewbits.models.source import ModelSource, open_model
@@ -166,31 +167,18 @@ def load_checkpoint(path: Path, dtype: torch.dtype = torch.float32, memory: int 
     """The model with its compressed layers in place, in eval mode; dense parameters in `dtype`; `memory` as in `read_layers`."""
     source = open_model(path)
     layers = _layers(source, "", memory)
-    if memory is not None:  # of a stack no more is fetched than is loaded
+    with source.read_whole() if memory is None else contextlib.nullcontext():  # of a stack no more is fetched than is loaded
         return with_layers(source, layers, dtype)
-    with source.read_whole():
-        return _put_together(source, layers, dtype, Rooms())  # where what was read lies by rows is given back layer by layer
 
 
 def with_layers(source: ModelSource, layers: Iterable[tuple[str, StoredLinear]], dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `source` with compressed `layers` in the place of its own, the rest from its files in `dtype`; in eval mode."""
-    model = _put_together(source, layers, dtype)
-    rooms = Rooms()
-    for module in model.modules():
-        if isinstance(module, CompressedLayer):
-            module.settle(rooms)
-    return model
+    """The model of `source` with compressed `layers` in the place of its own, the rest from its files in `dtype`; in eval mode.
 
-
-def _put_together(
-    source: ModelSource, layers: Iterable[tuple[str, StoredLinear]], dtype: torch.dtype, rooms: Rooms | None = None
-) -> PreTrainedModel:
-    """Layers settle in `rooms`, where there are some, as they come."""
-    shell = source.shell()
+    Layers settle as they come, so that no more than one is there twice.
+    """
+    shell, rooms = source.shell(), Rooms()
     for name, stored in layers:
-        layer = place_compressed(shell, name, stored, dtype)
-        if rooms is not None:
-            layer.settle(rooms)
+        place_compressed(shell, name, stored, dtype).settle(rooms)
     source.load_module(shell, "", dtype)
     shell.tie_weights()
     compute_natively(shell)

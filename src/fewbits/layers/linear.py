@@ -57,7 +57,9 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
     @property
     def stored(self) -> Stored:
         """The value that the buffers hold now, as it is written to a file; made anew where terms lie in lines."""
-        return _with_terms(self.laid, lambda place, term: plain(term) if place in self._in_lines else term) if self._in_lines else self.laid
+        if not self._in_lines:
+            return self.laid
+        return _with_terms(self.laid, lambda place, term: plain(term) if place in self._in_lines else term)
 
     @property
     def laid(self) -> Stored:
@@ -89,8 +91,9 @@ class CompressedLayer(nn.Module, ABC, Generic[Stored]):
             if self.decoded_at_each_call or not may_lie_in_lines(term):
                 continue
             for name, tensor in lay(term, rooms.like).items():
-                moved.add(_SEPARATOR.join(("weight", "terms", str(place), name)))
-                setattr(self, _SEPARATOR.join(("weight", "terms", str(place), name)), tensor)
+                buffer = _SEPARATOR.join(("weight", "terms", str(place), name))
+                setattr(self, buffer, tensor)
+                moved.add(buffer)
             self._in_lines |= {place}
         return moved
 
