@@ -9,6 +9,7 @@ from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.dense import Dense
 from fewbits.formats.lines import Lines, lay, may_lie_in_lines
+from fewbits.formats.stepped import Stepped
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import native
 
@@ -90,6 +91,9 @@ def test_only_what_a_kernel_reads_faster_so_lies_in_lines():
     assert not may_lie_in_lines(Dense(torch.rand(32, 32).half()))
     levels = torch.randn(32, 1, 16).half()
     assert not may_lie_in_lines(Codebook.from_codes(torch.randint(16, (32, 64)), levels, bits=4))  # levels of each row
+    codes, steps, minimums = torch.randint(16, (32, 96)), torch.rand(32, 3).half(), torch.randn(32, 3).half()
+    assert may_lie_in_lines(Stepped.from_codes(codes, steps, None, bits=4, group_size=32))
+    assert not may_lie_in_lines(Stepped.from_codes(codes, steps, minimums, bits=4, group_size=32))  # minimums that no kernel adds
 
 
 @READ

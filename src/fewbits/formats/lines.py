@@ -69,13 +69,16 @@ class Lines(Coded):
 
 
 def may_lie_in_lines(term: Term) -> bool:
-    """Whether kernels at hand read the term faster in lines: rows in sixteens, of whole words and groups that end with lines; or
-    codewords of which there are tables.
+    """Whether kernels at hand compute all of the term, and read it faster in lines: rows in sixteens, of whole words and groups that end
+    with lines; or codewords of which there are tables.
     """
     if isinstance(term, Additive):
         return term.may_lie_in_lines()
-    found = term.described() if isinstance(term, Coded) and not isinstance(term, Lines) else None
-    if found is None or any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in found.tensors):
+    factors = term.factors() if isinstance(term, Coded) and not isinstance(term, Lines) else None
+    if factors is None or len(factors) > 1:
+        return False
+    found = factors[0]
+    if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in found.tensors):
         return False
     rows, _ = term.shape
     codes = found.tensors[0]
