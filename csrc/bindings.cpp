@@ -204,6 +204,30 @@ void reorder(const std::vector<int64_t>& sizes, const std::vector<uint64_t>& buf
   fewbits::reorder(job, threads);
 }
 
+// `sizes`: blocks, rows and columns of each, and bytes of a number. Buffers are inputs and outputs.
+void transpose_blocks(const std::vector<int64_t>& sizes, const std::vector<uint64_t>& buffers, int threads) {
+  Reader reader(sizes, buffers);
+  fewbits::Transposition job{};
+  job.blocks = reader.next(0, largest);
+  job.rows = reader.next(1, largest);
+  job.columns = reader.next(1, largest);
+  job.item = reader.next(1, 4);
+  require(job.item != 3, "numbers must be of 1, 2 or 4 bytes");
+  require(job.columns <= largest / job.rows && job.blocks <= largest / (job.rows * job.columns), "blocks are too large");
+  const int64_t bytes = job.blocks * job.rows * job.columns * job.item;
+  job.inputs = reader.next_buffer(bytes);
+  job.outputs = const_cast<void*>(reader.next_buffer(bytes));
+  reader.finish();
+  nb::gil_scoped_release released;
+  fewbits::transpose_blocks(job, threads);
+}
+
+bool bring_in(uint64_t address, int64_t bytes) {
+  require(bytes >= 0 && (address != 0 || bytes == 0), "memory has no address");
+  nb::gil_scoped_release released;
+  return fewbits::bring_in(reinterpret_cast<const void*>(address), bytes);
+}
+
 int64_t prefer_large_pages(uint64_t address, int64_t bytes) {
   require(bytes >= 0 && (address != 0 || bytes == 0), "memory has no address");
   return fewbits::prefer_large_pages(reinterpret_cast<void*>(address), bytes);
@@ -225,11 +249,13 @@ NB_MODULE(_native, module) {
              "Where the clusters of sorted numbers begin and end.");
   module.def("prefer_large_pages", &prefer_large_pages, nb::arg("address"), nb::arg("bytes"),
              "Asks for large pages under memory that is not written yet; the bytes that it was asked for.");
+  module.def("bring_in", &bring_in, nb::arg("address"), nb::arg("bytes"), "Brings mapped memory in at once; whether its file reaches that far.");
   module.def("feed_back", &feed_back, nb::arg("isa"), nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"),
              "Rounds columns one after another and moves each one's error into those after it.");
   module.def("rotate", &rotate, nb::arg("isa"), nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"),
              "Vectors times a Hadamard matrix, with signs or without.");
   module.def("reorder", &reorder, nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"), "Features of vectors in another order.");
+  module.def("transpose_blocks", &transpose_blocks, nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"), "Matrices the other way round.");
   fewbits::bind_sums(module);
   fewbits::bind_decoder(module);
   fewbits::bind_watch(module);

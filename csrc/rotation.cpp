@@ -1,4 +1,4 @@
-// Transforms of the inputs of a product, vector by vector.
+// Transforms of the inputs of a product, vector by vector, and matrices the other way round.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
@@ -33,6 +33,26 @@ void gather(const Item* from, const std::vector<uint32_t>& order, Item* to) {
   for (size_t i = 0; i < order.size(); ++i) to[i] = from[order[i]];
 }
 
+// A block the other way round, a few columns at a time: what is written then stays in the first cache until it is whole.
+template <typename Item>
+void transpose(const Item* from, int64_t rows, int64_t columns, Item* to) {
+  constexpr int64_t strip = 16;
+  for (int64_t first = 0; first < columns; first += strip) {
+    const int64_t count = std::min(strip, columns - first);
+    for (int64_t row = 0; row < rows; ++row) {
+      const Item* here = from + row * columns + first;
+      Item* there = to + first * rows + row;
+      for (int64_t c = 0; c < count; ++c) there[c * rows] = here[c];
+    }
+  }
+}
+
+template <typename Item>
+void transpose_block(const Transposition& job, int64_t block) {
+  const int64_t at = block * job.rows * job.columns;
+  transpose(static_cast<const Item*>(job.inputs) + at, job.rows, job.columns, static_cast<Item*>(job.outputs) + at);
+}
+
 }  // namespace
 
 void rotate(const Kernels& kernels, const Rotation& given, int threads) {
@@ -63,6 +83,17 @@ void reorder(const Reordering& given, int threads) {
     else gather(static_cast<const uint16_t*>(job.given.inputs) + at, job.order, static_cast<uint16_t*>(job.given.outputs) + at);
   };
   run_tasks(given.vectors * given.features < few ? 1 : std::max(threads, 1), given.vectors, work, &job);
+}
+
+void transpose_blocks(const Transposition& given, int threads) {
+  const auto work = [](void* context, int64_t block, int) {
+    const Transposition& job = *static_cast<const Transposition*>(context);
+    if (job.item == 4) transpose_block<uint32_t>(job, block);
+    else if (job.item == 2) transpose_block<uint16_t>(job, block);
+    else transpose_block<uint8_t>(job, block);
+  };
+  Transposition job = given;
+  run_tasks(given.blocks * given.rows * given.columns < few ? 1 : std::max(threads, 1), given.blocks, work, &job);
 }
 
 }  // namespace fewbits

@@ -1,4 +1,4 @@
-// Rotations by Hadamard matrices and other orders of features. No torch, no Python.
+// Rotations by Hadamard matrices, and numbers in another order. No torch, no Python.
 #pragma once
 #include <cstdint>
 
@@ -26,6 +26,13 @@ struct Reordering {
   const void* inputs;
   void* outputs;
   int64_t vectors, features, item;
+};
+
+// outputs[b, c, r] = inputs[b, r, c], `item` bytes each: 1, 2 or 4.
+struct Transposition {
+  const void* inputs;
+  void* outputs;
+  int64_t blocks, rows, columns, item;
 };
 
 }  // namespace fewbits

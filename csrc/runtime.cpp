@@ -6,6 +6,9 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
+
+#include <cerrno>
 #endif
 #if defined(FEWBITS_NEONDOT)
 #include <sys/auxv.h>
@@ -143,6 +146,18 @@ uint64_t read_pass(const void* data, int64_t bytes, int threads) {
   uint64_t all = 0;
   for (uint64_t word : job.found) all ^= word;
   return all;
+}
+
+bool bring_in(const void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int populate = 22;  // MADV_POPULATE_READ, which headers from before Linux 5.14 do not name
+  const uintptr_t size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), address = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = address / size * size, last = address + static_cast<uintptr_t>(bytes);
+  if (bytes > 0 && madvise(reinterpret_cast<void*>(first), last - first, populate) != 0) return errno != EFAULT;
+#else
+  (void)data, (void)bytes;
+#endif
+  return true;
 }
 
 int64_t prefer_large_pages(void* data, int64_t bytes) {

@@ -29,8 +29,15 @@ void rotate(const Kernels& kernels, const Rotation& job, int threads);
 // Features in another order. Raises std::invalid_argument where an index is none of theirs.
 void reorder(const Reordering& job, int threads);
 
+// Blocks the other way round, divided among threads.
+void transpose_blocks(const Transposition& job, int threads);
+
 // Reads all bytes and does nothing with them: what memory can give. The result is there so that nothing is left out.
 uint64_t read_pass(const void* data, int64_t bytes, int threads);
+
+// Brings what is mapped of a file into memory all at once, so that reading does not stop at each of its pages. False where the file ends
+// before; where systems cannot do so nothing is done.
+bool bring_in(const void* data, int64_t bytes);
 
 // Asks the system for large pages under memory that is not written yet: fewer of their addresses are looked up anew, which
 // costs a product of large matrices a sixth to a third of its time. Returns the bytes that it was asked for; 0 where systems have none.

@@ -131,10 +131,11 @@ def _calls(isa: str) -> dict[str, tuple]:
     return {
         "rotate": (lambda *given: native._extension.rotate(isa, *given, 1), *rotated),
         "reorder": (lambda *given: native._extension.reorder(*given, 1), [2, 24, 4, 10], [vectors, vectors.clone(), packed]),
+        "transpose_blocks": (lambda *given: native._extension.transpose_blocks(*given, 1), [3, 4, 4, 4], [vectors, vectors.clone()]),
     }
 
 
-@pytest.mark.parametrize("name", ["rotate", "reorder"])
+@pytest.mark.parametrize("name", ["rotate", "reorder", "transpose_blocks"])
 def test_every_size_and_buffer_that_is_wrong_is_refused(isa, name):
     function, sizes, held = _calls(isa)[name]
     function(sizes, native.buffers(held))

@@ -16,6 +16,7 @@ from fewbits.core.errors import InputError
 from fewbits.formats.coded import Described
 from fewbits.formats.packing import pack, unpack
 from fewbits.kernels import dispatch, native
+from fewbits.kernels.blocks import transpose_blocks
 from fewbits.kernels.layout import vectors
 from fewbits.kernels.sums import Factors
 
@@ -121,7 +122,7 @@ def _out_of_lines(codes: Tensor) -> Tensor:
 def _exchanged(codes: Tensor, sizes: tuple[int, int], room: Callable[[Tensor], Tensor]) -> Tensor:
     """Bytes `[rows, bytes]` of which every whole block of 64 rows, read as a matrix of `sizes`, lies the other way round."""
     whole, found = len(codes) // _LINE_ROWS * _LINE_ROWS, room(codes)
-    found[:whole].view(-1, sizes[1], sizes[0]).copy_(codes[:whole].view(-1, *sizes).mT)
+    transpose_blocks(codes[:whole], sizes, 1, lambda _: found[:whole])
     found[whole:].copy_(codes[whole:])
     return found
 

@@ -12,6 +12,7 @@ from fewbits.core.tensor import Term
 from fewbits.formats.additive import Additive
 from fewbits.formats.coded import Coded
 from fewbits.kernels import native
+from fewbits.kernels.blocks import transpose_blocks, whole_numbers
 from fewbits.kernels.layout import Description, in_lines
 
 ROWS = 16  # that lie together
@@ -36,15 +37,17 @@ class Lines(Coded):
         """`term`, which must fit (`may_lie_in_lines`), laid in lines, in what `room` gives for a tensor like one of its own."""
 
         def lay(tensor: Tensor, item: int) -> Tensor:
-            laid = room(tensor)
-            _by_lines(laid, item).copy_(_by_rows(tensor, item).mT)
-            return laid
+            return transpose_blocks(tensor, (ROWS, tensor.shape[1] * tensor.element_size() // item), item, room)
 
         return cls(_with(term, lay))
 
     def plain(self) -> Coded:
         """The term with everything by rows again."""
-        return _with(self.term, lambda tensor, item: _by_lines(tensor, item).mT.flatten().view(tensor.dtype).view(tensor.shape))
+
+        def bring(tensor: Tensor, item: int) -> Tensor:
+            return transpose_blocks(tensor, (tensor.shape[1] * tensor.element_size() // item, ROWS), item)
+
+        return _with(self.term, bring)
 
     def described(self) -> Description | None:
         found = self.term.described()
@@ -124,16 +127,6 @@ def _with(term: Coded, change: Callable[[Tensor, int], Tensor]) -> Coded:
     return replace(term, **{name: change(getattr(term, name), item) for name, item in _laid(term).items()})
 
 
-def _items(tensor: Tensor, item: int) -> Tensor:
-    """`[rows, bytes]` as whole numbers of `item` bytes."""
-    return tensor.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[item])
-
-
-def _by_rows(tensor: Tensor, item: int) -> Tensor:
-    """`[rows / 16, 16, items]` of what lies by rows."""
-    return _items(tensor, item).unflatten(0, (-1, ROWS))
-
-
 def _by_lines(tensor: Tensor, item: int) -> Tensor:
-    """`[rows / 16, items, 16]` of what lies in lines."""
-    return _items(tensor.view(len(tensor) // ROWS, -1), item).unflatten(1, (-1, ROWS))
+    """`[rows / 16, items, 16]` of what lies in lines, as whole numbers of `item` bytes."""
+    return whole_numbers(tensor.view(len(tensor) // ROWS, -1), item).unflatten(1, (-1, ROWS))

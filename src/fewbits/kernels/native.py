@@ -20,7 +20,7 @@ except ImportError:
 
 INSTRUCTION_SETS = ("scalar", "avx2", "avx512", "avx512vnni", "neon", "neondot")  # every name that FEWBITS_FORCE_ISA may hold
 _LARGE = 4 * 2**20  # bytes of a tensor that has whole large pages, of 2 MiB, in it
-_PIECE, _LINES = 16 * 2**20, 256  # bytes that small tensors share, and that each begins at a multiple of
+_PIECE, _LINES = 32 * 2**20, 256  # bytes that tensors share, and that each begins at a multiple of
 _PAGE = 2 * 2**20  # bytes of a large page
 _NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -170,6 +170,31 @@ def reorder(vectors: Tensor, packed: Tensor, bits: int) -> Tensor:
     return outputs
 
 
+def transposes(tensor: Tensor) -> bool:
+    """Whether `transpose_blocks` reads a tensor."""
+    there = _extension is not None and type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return there and not torch.compiler.is_compiling()
+
+
+def transpose_blocks(source: Tensor, target: Tensor, sizes: tuple[int, int], item: int) -> None:
+    """Writes to `target` each matrix of `sizes` rows and columns, of `item` bytes a number, that lies in `source`, transposed.
+
+    Raises ValueError where sizes do not fit.
+    """
+    assert _extension is not None
+    rows, columns = sizes
+    blocks = source.nbytes // (rows * columns * item) if rows * columns else 0
+    _extension.transpose_blocks((blocks, rows, columns, item), buffers((source, target)), torch.get_num_threads())
+
+
+def bring_in(tensor: Tensor) -> bool:
+    """Reads at once what a tensor has in a mapped file, so that using it stops at none of its pages; False where the file ends before.
+
+    Where no kernel was built nothing is done.
+    """
+    return _extension is None or bool(_extension.bring_in(tensor.data_ptr(), tensor.nbytes))
+
+
 def read_pass(tensor: Tensor) -> int:
     """Reads every byte of a contiguous tensor, as fast as memory gives them."""
     assert _extension is not None
@@ -197,9 +222,10 @@ def feed_back(
 
 
 class Rooms:
-    """Memory for tensors on the CPU that kernels read fast: large pages, small tensors one after another in a piece that they share.
+    """Memory for tensors on the CPU that kernels read fast: large pages, tensors one after another in a piece that they share.
 
-    A piece lives as long as one of its tensors. Where no kernel was built all memory is as torch gives it.
+    A piece lives as long as one of its tensors; what is left of it is never touched. Where no kernel was built all memory is as torch
+    gives it.
     """
 
     def __init__(self) -> None:
@@ -207,7 +233,7 @@ class Rooms:
 
     def like(self, tensor: Tensor) -> Tensor:
         """Memory for a tensor of this shape and dtype, not written yet."""
-        if _extension is None or is_large(tensor):
+        if _extension is None or tensor.nbytes > _PIECE:
             return room_like(tensor)
         if self._at + tensor.nbytes > self._piece.numel():
             self._piece, self._at = room_like(torch.empty(_PIECE, dtype=torch.uint8, device="meta")), 0

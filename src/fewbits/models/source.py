@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from fewbits.core.errors import InputError, reason_of
 from fewbits.core.remote import MODEL_FILES, fetch_folder, is_url
+from fewbits.kernels.native import Rooms
 from fewbits.models.conversion import Layout
 from fewbits.models.experts import separate_experts
 from fewbits.models.files import WholeFile, open_file, read_tensor
@@ -81,6 +82,8 @@ def _builtin_folder(text: str) -> Path:
 
 class ModelSource:
     """Lazy access to a Hugging Face folder of safetensors. The model itself exists as a shell on the meta device."""
+
+    _rooms: Rooms | None = None  # while files are read whole
 
     def __init__(self, name: str, path: Path) -> None:
         self.name, self.path = name, path
@@ -173,14 +176,17 @@ class ModelSource:
 
     @contextlib.contextmanager
     def read_whole(self) -> Iterator[None]:
-        """For who reads every tensor, once: inside, each comes in memory of its own, and files are opened once."""
+        """For who reads every tensor, once: inside, files are opened once, what `tensor` gives lies in them, and what modules are given
+        is moved to memory that is read fast.
+        """
         with contextlib.ExitStack() as stack:
             try:
+                self._rooms = Rooms()
                 for path in sorted(set(self._files.values())):
                     self._whole[path] = stack.enter_context(contextlib.closing(WholeFile(path)))
                 yield
             finally:
-                self._whole = {}
+                self._whole, self._rooms = {}, None
 
     def load_module(self, shell: nn.Module, module_name: str, dtype: torch.dtype = torch.float32) -> None:
         """Give the parameters and buffers of one submodule of `shell` ("" for all) their values, in `dtype`.
@@ -195,7 +201,7 @@ class ModelSource:
         for name, parameter in module.named_parameters():
             if parameter.is_meta:
                 owner, _, last = name.rpartition(".")
-                value = self.parameter(f"{module_name}.{name}".lstrip(".")).to(dtype)
+                value = self._settled(self.parameter(f"{module_name}.{name}".lstrip(".")), dtype)
                 setattr(module.get_submodule(owner), last, nn.Parameter(value, requires_grad=False))
         self._load_buffers(shell, module, module_name)
 
@@ -212,13 +218,18 @@ class ModelSource:
             raise InputError(f"{self.path} holds no tensor for {name!r}; the files use another layout than the model does")
         return value
 
+    def _settled(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        found = stored.to(dtype)
+        return found if self._rooms is None or found is not stored else self._rooms.moved(found)
+
     def _load_buffers(self, shell: nn.Module, module: nn.Module, prefix: str) -> None:
         assert self._layout is not None
         for name, owner in module.named_modules():
             missing = [one for one, buffer in owner.named_buffers(recurse=False) if buffer.is_meta]
             for one in missing:
                 stored = self._layout.parameter(f"{prefix}.{name}.{one}".replace("..", ".").strip("."))
-                owner._buffers[one] = torch.empty_like(owner._buffers[one], device="cpu") if stored is None else stored  # type: ignore[arg-type]
+                made = torch.empty_like(owner._buffers[one], device="cpu") if stored is None else self._settled(stored, stored.dtype)  # type: ignore[arg-type]
+                owner._buffers[one] = made
                 if stored is None:
                     _initialize_buffers(shell, owner)
 
