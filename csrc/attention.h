@@ -53,7 +53,7 @@ struct AttentionKernels {
 inline bool attends_packed(const Coded& w) {
   const auto own = [&w](const Values& values) { return values.kind == Values::dense && values.rows == w.rows; };
   const int64_t together = w.bits <= 4 ? 8 : 4;  // neighbours that share a scale
-  return w.bits <= 8 && w.levels.kind == Values::none && own(w.scales) && (w.zeros.kind == Values::none || own(w.zeros)) && (w.groups == 1 || w.group % together == 0);
+  return w.bits <= 8 && w.counts == Coded::from_middle && w.levels.kind == Values::none && own(w.scales) && (w.zeros.kind == Values::none || own(w.zeros)) && (w.groups == 1 || w.group % together == 0);
 }
 
 // Raises std::invalid_argument where the instruction set is not available.

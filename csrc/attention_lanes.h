@@ -79,7 +79,7 @@ static void read_grid(const Coded& w, int64_t at, int64_t count, float* scales, 
   const int64_t total = w.rows * w.groups;
   read_numbers(w.scales.data, w.scales.number, at, count, total, scales);
   if (w.zeros.kind == Values::none) {
-    for (int64_t g = 0; g < count; ++g) shifts[g] = static_cast<float>(1 << (w.bits - 1));
+    for (int64_t g = 0; g < count; ++g) shifts[g] = middle_code(w.bits);
   } else {
     read_numbers(w.zeros.data, w.zeros.number, at, count, total, shifts);
   }

@@ -288,7 +288,7 @@ static inline int64_t grid_bytes(const Values& values, int bits) {
   return row_bytes_of(values, bits);
 }
 
-// Asks for the scales or zero points of rows that come later. Always inline: compilers take a function that only fetches for one
+// Asks for the scales, zero points or offsets of rows that come later. Always inline: compilers take a function that only fetches for one
 // without effect.
 static inline __attribute__((always_inline)) void fetch_grid(const Values& values, int64_t bytes, int64_t row, int64_t rows) {
   const char* from = static_cast<const char*>(values.data) + row * bytes;
@@ -299,10 +299,10 @@ static inline __attribute__((always_inline)) void fetch_grid(const Values& value
 static bool scales_at_once(const Coded& w, const Plan& plan) {
   const auto short_numbers = [](const Values& values) { return values.kind == Values::dense && values.number != Number::f32; };
   const bool zeros_too = w.zeros.kind == Values::none || w.zeros.kind == Values::packed || short_numbers(w.zeros);
-  return plan.tile == 1 && plan.kind != Plan::spread_out && short_numbers(w.scales) && zeros_too;
+  return w.counts != Coded::as_signs && plan.tile == 1 && plan.kind != Plan::spread_out && short_numbers(w.scales) && zeros_too;
 }
 
-// Scales of some rows times the units of one vector, into `to`, `stride` apart, and what zero points take away, lanes apart.
+// Scales of some rows times the units of one vector, into `to`, `stride` apart, and what zero points, less offsets, take away, lanes apart.
 template <bool Half, Values::Kind Zeros>
 static void scale_rows_as(const Coded& w, const Unpacker& unpacker, int64_t row, int64_t rows, const float* units, int64_t stride, float* to, float* away) {
   const float* sums = units + group_stride(w);
@@ -310,16 +310,17 @@ static void scale_rows_as(const Coded& w, const Unpacker& unpacker, int64_t row,
   const uint8_t* scales = static_cast<const uint8_t*>(w.scales.data) + row * scale_bytes;
   const uint8_t* zero_points = Zeros == Values::none ? nullptr : static_cast<const uint8_t*>(w.zeros.data) + row * zero_bytes;
   const bool half_zeros = w.zeros.number == Number::f16;
-  const Floats middle = spread(static_cast<float>(1 << (w.bits - 1)));
+  const Floats fixed_zero = spread(zero_of(w));
+  const bool offsets = has_offsets(w);
   for (int64_t r = 0; r < rows; ++r, scales += scale_bytes, zero_points += zero_bytes, to += stride, away += lanes) {
     Floats total = zeros();
     const auto step = [&](int64_t g, int64_t count) {
       const Floats scale = reinterpret_cast<Floats>(few_numbers(reinterpret_cast<const uint16_t*>(scales) + g, count, Half));
-      Floats zero = middle;
+      Floats zero = fixed_zero;
       if constexpr (Zeros == Values::packed) zero = reinterpret_cast<Floats>(unpacker.take(zero_points, g, count));
       if constexpr (Zeros == Values::dense) zero = reinterpret_cast<Floats>(few_numbers(reinterpret_cast<const uint16_t*>(zero_points) + g, count, half_zeros));
       store(to + g, multiply(scale, load(units + g)));
-      total = multiply_add(multiply(scale, zero), load(sums + g), total);
+      total = multiply_add(multiply(offsets ? spread(-1.0f) : scale, zero), load(sums + g), total);
     };
     int64_t g = 0;
     for (; g + lanes <= w.groups; g += lanes) step(g, lanes);

@@ -28,7 +28,7 @@ static int64_t decode_floats(const Coded& w);
 static int64_t values_floats(const Values& values) {
   if (values.kind == Values::coded) return decode_floats(*values.inner);
   if (values.lines) return 2 * values.columns + 8;
-  return values.kind == Values::packed ? rounded_up(values.columns, 8) / 4 + 2 : values.kind == Values::signs ? values.columns : 0;
+  return values.kind == Values::packed ? rounded_up(values.columns, 8) / 4 + 2 : 0;
 }
 
 // `count` numbers of type `number` from place `at` on.
@@ -63,7 +63,7 @@ static void take_from_lines(const void* data, int64_t row_bytes, int64_t item, i
   for (int64_t at = 0; at < row_bytes; at += item) std::memcpy(to + at, from + at * line_rows, static_cast<size_t>(item));
 }
 
-// Row `row` of scales, zero points or levels as numbers; `bits` is the width of packed ones.
+// Row `row` of scales, zero points, offsets or levels as numbers; `bits` is the width of packed ones.
 static void read_values(const Values& values, int bits, int64_t row, float* out, float* scratch) {
   if (values.lines) {
     Values one = values;
@@ -83,24 +83,17 @@ static void read_values(const Values& values, int bits, int64_t row, float* out,
   }
 }
 
-// Scales of a row, and zero points times scales; what is past the last group is zero.
+// Scales of a row, as a code's step, and zero points times those, less offsets; what is past the last group is zero.
 static void read_grid(const Coded& w, int64_t row, float* scales, float* shifts, float* scratch) {
   if (w.scales.kind == Values::none) for (int64_t g = 0; g < w.groups; ++g) scales[g] = 1.0f;
   else read_values(w.scales, w.bits, row, scales, scratch);
   for (int i = 0; i < lanes; ++i) scales[w.groups + i] = shifts[w.groups + i] = 0.0f;
   if (w.levels.kind != Values::none) return;
-  if (w.zeros.kind == Values::signs) {  // (2 code - 1) scale + offset
-    if (w.zeros.data != nullptr) read_values(w.zeros, w.bits, row, scratch, scratch + w.groups);
-    for (int64_t g = 0; g < w.groups; ++g) {
-      shifts[g] = scales[g] - (w.zeros.data == nullptr ? 0.0f : scratch[g]);
-      scales[g] *= 2.0f;
-    }
-  } else if (w.zeros.kind == Values::none) {
-    const float zero = middle_code(w.bits);
-    for (int64_t g = 0; g < w.groups; ++g) shifts[g] = zero * scales[g];
-  } else {
-    read_values(w.zeros, w.bits, row, shifts, scratch);
-    for (int64_t g = 0; g < w.groups; ++g) shifts[g] *= scales[g];
+  const float zero = zero_of(w), step = step_of(w);
+  if (w.zeros.kind != Values::none) read_values(w.zeros, w.bits, row, shifts, scratch);
+  for (int64_t g = 0; g < w.groups; ++g) {
+    scales[g] *= step;
+    shifts[g] = has_zero_points(w) ? shifts[g] * scales[g] : has_offsets(w) ? zero * scales[g] - shifts[g] : zero * scales[g];
   }
 }
 
@@ -109,6 +102,23 @@ static const uint8_t* codes_of_row(const Coded& w, int64_t row, uint8_t* room) {
   if (!w.lines) return w.codes + row * w.row_bytes;
   take_from_lines(w.codes, w.row_bytes, 4, row, room);
   return room;
+}
+
+// Codes that are numbers, less zero points, times scales, of as many groups as whole lanes hold where lanes hold whole groups: such as two-level
+// scales have, for which a loop of its own for each group would take most of the time. How many groups that were.
+static int64_t scale_in_lanes(const Coded& w, const float* scales, const float* zeros, float* out) {
+  if (lanes % w.group != 0) return 0;
+  const int shift = __builtin_ctzll(static_cast<uint64_t>(w.group));  // a power of two, as lanes are
+  int32_t picks[lanes];
+  for (int i = 0; i < lanes; ++i) picks[i] = i >> shift;
+  const int64_t together = lanes >> shift, done = w.columns / lanes * together;
+  const Floats zero = spread(-zero_of(w)), step = spread(step_of(w)), minus = spread(-1.0f);
+  for (int64_t g = 0; g < done; g += together, out += lanes) {
+    const Floats away = has_zero_points(w) ? multiply(permute(zeros + g, picks), minus) : zero;
+    const Floats scale = w.scales.kind == Values::none ? step : multiply(permute(scales + g, picks), step);
+    store(out, multiply(add(load(out), away), scale));
+  }
+  return done;
 }
 
 static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) {
@@ -120,14 +130,14 @@ static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) 
   float* levels = zeros + w.groups + lanes;
   const int64_t book = int64_t{1} << w.bits;
   float* rest = levels + book * (w.level_groups > 0 ? w.level_groups : 1);
-  const bool evenly = w.levels.kind == Values::none && w.zeros.kind != Values::signs, three = w.bits == base_three;
+  const bool evenly = w.levels.kind == Values::none, three = w.bits == base_three;
   if (evenly && !three) codes_to_floats(stored, w.bits, w.columns, out, codes);
   else unpack(stored, w.bits, w.columns, codes);
   if (three) for (int64_t c = 0; c < w.columns; ++c) out[c] = static_cast<float>(codes[c]);
   if (w.scales.kind != Values::none) read_values(w.scales, w.bits, row, scales, rest);
   if (w.levels.kind != Values::none) read_values(w.levels, w.bits, row, levels, rest);
-  else if (w.zeros.kind == Values::signs ? w.zeros.data != nullptr : w.zeros.kind != Values::none) read_values(w.zeros, w.bits, row, zeros, rest);
-  for (int64_t g = 0; g < w.groups; ++g) {
+  else if (w.zeros.kind != Values::none) read_values(w.zeros, w.bits, row, zeros, rest);
+  for (int64_t g = evenly ? scale_in_lanes(w, scales, zeros, out) : 0; g < w.groups; ++g) {
     const int64_t from = g * w.group, to = least(from + w.group, w.columns);
     if (w.levels.kind != Values::none) {
       const float* found = levels + (w.level_groups > 1 ? g * book : 0);
@@ -135,13 +145,11 @@ static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) 
       if (w.scales.kind != Values::none) for (int64_t c = from; c < to; ++c) out[c] *= scales[g];
       continue;
     }
-    if (w.zeros.kind == Values::signs) {
-      const float scale = w.scales.kind == Values::none ? 1.0f : scales[g], offset = w.zeros.data == nullptr ? 0.0f : zeros[g];
-      for (int64_t c = from; c < to; ++c) out[c] = (codes[c] != 0 ? scale : -scale) + offset;
-      continue;
-    }
-    const float zero = w.zeros.kind == Values::none ? middle_code(w.bits) : zeros[g], scale = w.scales.kind == Values::none ? 1.0f : scales[g];
+    const float zero = has_zero_points(w) ? zeros[g] : zero_of(w), scale = (w.scales.kind == Values::none ? 1.0f : scales[g]) * step_of(w);
     for (int64_t c = from; c < to; ++c) out[c] = (out[c] - zero) * scale;
+  }
+  for (int64_t g = 0; g < w.groups && has_offsets(w); ++g) {  // in a loop of their own: products are rounded before offsets are added
+    for (int64_t c = g * w.group; c < least((g + 1) * w.group, w.columns); ++c) out[c] += zeros[g];
   }
 }
 

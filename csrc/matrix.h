@@ -16,10 +16,10 @@ constexpr int base_three = 9;
 
 constexpr int64_t packed_bytes(int64_t columns, int bits) { return bits == base_three ? (columns + 4) / 5 : (columns * bits + 7) / 8; }
 
-// The code that stands for zero where no zero points are stored.
+// The code in the middle of all.
 constexpr float middle_code(int bits) { return bits == base_three ? 1.0f : static_cast<float>(1 << (bits - 1)); }
 
-// A small table of real numbers [rows, columns] beside the codes: scales, zero points or levels. One row serves all rows; or one a run of
+// A small table of real numbers [rows, columns] beside the codes: scales, zero points, offsets or levels. One row serves all rows; or one a run of
 // neighbouring rows, whose ends are told.
 struct Values {
   enum Kind : int {
@@ -28,8 +28,9 @@ struct Values {
     packed = 2,  // unsigned integers of the codes' width, packed as the codes are
     coded = 3,   // a coded matrix of its own: the second level of a two-level grid
     table = 4,   // bytes that look their value up in `lookup[256]`
-    runs = 6,    // in a layout: numbers, of each run of rows its own, which are `dense` once they are read
-    signs = 5,   // of zero points: codes are 0 and 1 for -1 and 1; numbers, if there are any, are added to what they are scaled to
+    signs = 5,     // in a layout, before offsets: of codes that count as signs
+    runs = 6,      // in a layout: numbers, of each run of rows its own, which are `dense` once they are read
+    minimums = 7,  // in a layout, before offsets: of codes that count from zero
   };
   Kind kind = none;
   Number number = Number::f32;
@@ -53,7 +54,8 @@ constexpr int64_t item_of(const Values& values) {
   return values.kind == Values::packed || values.kind == Values::table ? 1 : values.number == Number::f32 ? 4 : 2;
 }
 
-// A matrix [rows, columns] of packed codes: value = (code - zero) * scale, or levels[code] * scale.
+// A matrix [rows, columns] of packed codes: value = (code - zero) * scale, levels[code] * scale, code * scale + offset, or
+// (2 code - 1) * scale + offset.
 // Every row is a little-endian bit stream that begins at a byte; `group` neighbouring columns share a scale.
 //
 // Where they are `lines`, the rows' words of 32 bits lie sixteen rows at a time: word 0 of each of them, then word 1 of each. So do
@@ -96,8 +98,18 @@ struct Coded {
   int64_t group = 0;
   int64_t groups = 0;
   int64_t level_groups = 0;  // 1: one codebook for a row's groups; else one for each group
+  // Which code stands for zero where no zero points are stored: the middle one, 0, or none, as codes are 0 and 1 for -1 and 1.
+  // `zeros` are zero points with the first, and offsets with the others: they are added to what codes are scaled to.
+  enum Counts : int { from_middle = 0, from_zero = 1, as_signs = 2 };
+  Counts counts = from_middle;
   Values levels, scales, zeros;
 };
+
+// value = (code - zero) * step * scale + offset, whatever codes count from.
+constexpr float zero_of(const Coded& w) { return w.counts == Coded::from_middle ? middle_code(w.bits) : w.counts == Coded::as_signs ? 0.5f : 0.0f; }
+constexpr float step_of(const Coded& w) { return w.counts == Coded::as_signs ? 2.0f : 1.0f; }
+constexpr bool has_zero_points(const Coded& w) { return w.counts == Coded::from_middle && w.zeros.kind != Values::none; }
+constexpr bool has_offsets(const Coded& w) { return w.counts != Coded::from_middle && w.zeros.kind != Values::none; }
 
 // outputs[vectors, rows] = inputs[vectors, columns] * matrix^T, both of type `number`.
 struct Product {

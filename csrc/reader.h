@@ -157,7 +157,7 @@ class Reader {
     coded.codes = static_cast<const uint8_t*>(next_buffer(coded.code_bytes));
     coded.levels = read_values(coded, depth);
     coded.scales = read_values(coded, depth);
-    coded.zeros = read_values(coded, depth);
+    coded.zeros = read_zeros(coded, depth);
     for (Values* values : {&coded.scales, &coded.zeros}) {
       const bool own = values->rows == coded.rows && values->ends == nullptr && values->data != nullptr;
       values->lines = coded.lines && own;
@@ -173,17 +173,17 @@ class Reader {
       return values.kind == Values::none || (serves_rows(values, coded) && values.columns == coded.groups);
     };
     require(fits(coded.scales) && fits(coded.zeros), "scales or zero points do not fit the groups of a matrix");
-    const bool signs = coded.zeros.kind == Values::signs;
-    require(coded.scales.kind != Values::signs && coded.levels.kind != Values::signs, "signs are a kind of zero points");
+    const bool signs = coded.counts == Coded::as_signs, middle = coded.counts == Coded::from_middle;
     require(!signs || coded.bits == 1, "signs must be of one bit");
-    const bool three = coded.bits == base_three;
-    require(!three || (coded.levels.kind == Values::none && coded.zeros.kind == Values::none), "codes of three values have no levels or zero points");
+    require(middle || coded.zeros.kind != Values::packed, "offsets cannot be packed integers");
+    const bool three = coded.bits == base_three, plain = middle && coded.zeros.kind == Values::none;
+    require(!three || (coded.levels.kind == Values::none && plain), "codes of three values have no levels, zero points or offsets");
     const bool told = signs || three || coded.levels.kind != Values::none || coded.scales.kind != Values::none;
     require(told, "a matrix has neither levels nor scales");
     require(coded.scales.kind != Values::packed, "scales cannot be packed integers");
     require(coded.levels.kind != Values::none || (coded.scales.ends == nullptr && coded.zeros.ends == nullptr), "runs of rows have levels");
     if (coded.levels.kind == Values::none) return;
-    require(coded.levels.kind == Values::dense && coded.zeros.kind == Values::none, "levels must be plain numbers, without zero points");
+    require(coded.levels.kind == Values::dense && plain, "levels must be plain numbers, without zero points or offsets");
     const int64_t book = int64_t{1} << coded.bits;
     coded.level_groups = coded.levels.columns / book;
     require(serves_rows(coded.levels, coded), "levels do not fit the rows of a matrix");
@@ -207,16 +207,22 @@ class Reader {
     return values;
   }
 
+  // Zero points; or what codes count from, and offsets.
+  Values read_zeros(Coded& owner, int depth) {
+    require(at_ < layout_.size(), "a layout ends too early");
+    const int64_t kind = layout_[at_];
+    if (kind != Values::signs && kind != Values::minimums) return read_values(owner, depth);
+    ++at_;
+    owner.counts = kind == Values::signs ? Coded::as_signs : Coded::from_zero;
+    return read_values(owner, depth);
+  }
+
   Values read_values(const Coded& owner, int depth) {
     Values values;
-    values.kind = static_cast<Values::Kind>(next(0, 6));
+    values.kind = static_cast<Values::Kind>(next(0, Values::runs));
+    require(values.kind != Values::signs, "what codes count from is told before offsets");
     if (values.kind == Values::none) return values;
     if (values.kind == Values::runs) return read_runs(owner);
-    if (values.kind == Values::signs && next(0, 1) == 0) {  // without offsets
-      values.rows = 1;
-      values.columns = owner.groups;
-      return values;
-    }
     if (values.kind == Values::coded) {
       values.inner = &read_coded(depth + 1);
       values.rows = values.inner->rows;
@@ -228,7 +234,7 @@ class Reader {
     values.number = to_number(next(0, 2));
     require(values.columns <= largest / values.rows, "a table is too large");
     const int64_t count = values.rows * values.columns;
-    if (values.kind == Values::dense || values.kind == Values::signs) values.data = next_buffer(count * size_of(values.number));
+    if (values.kind == Values::dense) values.data = next_buffer(count * size_of(values.number));
     else if (values.kind == Values::table) values.data = next_buffer(count);
     else values.data = next_buffer(values.rows * row_bytes_of(values, owner.bits));
     if (values.kind == Values::table) values.lookup = static_cast<const float*>(next_buffer(256 * 4));

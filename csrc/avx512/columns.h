@@ -81,10 +81,13 @@ struct PanelRows {
 
 static inline int64_t padded_groups(const Coded& w) { return rounded_up(w.groups, 16); }
 
-// The numbers of a group that sixteen rows have, where they lie in lines.
-static inline __m512 sixteen_numbers(const void* data, int64_t group, Number number) {
-  if (number == Number::f32) return _mm512_loadu_ps(static_cast<const float*>(data) + 16 * group);
-  return few_numbers(static_cast<const uint16_t*>(data) + 16 * group, 16, number == Number::f16);
+// The numbers of a group that sixteen rows have, where they lie in lines. Those of groups to come are asked for: by itself a processor fetches
+// up to the end of a page, which numbers of sixteen rows mostly are.
+static inline __attribute__((always_inline)) __m512 sixteen_numbers(const void* data, int64_t group, Number number) {
+  const uint8_t* from = static_cast<const uint8_t*>(data) + 16 * group * (number == Number::f32 ? 4 : 2);
+  __builtin_prefetch(from + 2048, 0, 2);
+  if (number == Number::f32) return _mm512_loadu_ps(from);
+  return few_numbers(reinterpret_cast<const uint16_t*>(from), 16, number == Number::f16);
 }
 
 // The same of codes: byte after byte of sixteen rows, in which a code may be of two.
@@ -97,11 +100,49 @@ static inline __m512 sixteen_codes(const uint8_t* data, int64_t group, int bits)
 }
 
 // Floats that `read_sixteen` needs.
-static inline int64_t sixteen_room(const Coded& w) { return 16 * padded_groups(w) + decode_floats(w); }
+static inline int64_t sixteen_room(const Coded& w) { return 16 * (padded_groups(w) + lanes) + decode_floats(w); }
 
-// Scales or zero points of sixteen rows, `[padded groups, 16]`, a row a lane; `stride` floats from a group to the next.
+// Whether scales or offsets are codes times units that lanes hold whole runs of, as those of llama.cpp's two-level grids are.
+static bool in_two_levels(const Values& values) {
+  if (values.kind != Values::coded) return false;
+  const Coded& c = *values.inner;
+  return c.bits <= 8 && c.counts != Coded::as_signs && c.levels.kind == Values::none && c.scales.kind != Values::none && c.zeros.kind == Values::none && lanes % c.group == 0;
+}
+
+// Scales or offsets of sixteen rows in two levels: sixteen codes of a row are one register, and are exchanged in registers.
+template <class Row>
+static void read_two_levels(const Values& values, const Row& row, float* to, float* room, int64_t stride) {
+  const Coded& c = *values.inner;
+  const Unpacker unpacker(c.bits);
+  const int shift = __builtin_ctzll(static_cast<uint64_t>(c.group));  // a power of two, as lanes are
+  const int64_t each = c.groups + lanes;
+  const __m512 zero = _mm512_set1_ps(zero_of(c));
+  const uint8_t* codes[16];
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), picks = _mm512_srl_epi32(lane, _mm_cvtsi32_si128(shift));
+  for (int64_t r = 0; r < 16; ++r) {
+    const int64_t at = place_of(values, row(r));
+    codes[r] = c.codes + at * c.row_bytes;
+    read_values(c.scales, c.bits, at, room + r * each, room + 16 * each);
+  }
+  for (int64_t g = 0; g < c.columns; g += 16) {
+    const int64_t count = least(16, c.columns - g);
+    const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
+    __m512i all[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) {
+      const __m512 units = _mm512_permutexvar_ps(picks, _mm512_loadu_ps(room + r * each + (g >> shift)));
+      all[r] = _mm512_castps_si512(_mm512_maskz_mul_ps(there, _mm512_sub_ps(unpacker.take(codes[r], g, count), zero), units));
+    }
+    transpose(all);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_store_si512(to + (g + i) * stride, all[i]);
+  }
+}
+
+// Scales, zero points or offsets of sixteen rows, `[padded groups, 16]`, a row a lane; `stride` floats from a group to the next.
 template <class Row>
 static void read_sixteen(const Coded& w, const Values& values, const Row& row, float* to, float* room, int64_t stride = 16) {
+  if (in_two_levels(values)) return read_two_levels(values, row, to, room, stride);
   const int64_t groups = padded_groups(w);
   for (int64_t r = 0; r < 16; ++r) {
     read_values(values, w.bits, row(r), room + r * groups, room + 16 * groups);
@@ -120,10 +161,10 @@ static void read_lines(const Coded& w, const Values& values, int64_t row, float*
   for (int64_t g = w.groups; g < padded_groups(w); ++g) _mm512_storeu_ps(to + g * panel_rows, _mm512_setzero_ps());
 }
 
-// Scales or zero points of a panel's rows, `[padded groups, panel_rows]`; `missing` where none are stored.
+// Scales, zero points or offsets of a panel's rows, `[padded groups, panel_rows]`; `missing` where none are stored.
 static void read_by_groups(const Coded& w, const Values& values, float missing, const PanelRows& rows, float* to, float* room) {
   const int64_t groups = padded_groups(w);
-  if (values.kind == Values::none || values.kind == Values::signs) {
+  if (values.kind == Values::none) {
     for (int64_t i = 0; i < groups * panel_rows; ++i) to[i] = missing;
     return;
   }

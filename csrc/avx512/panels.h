@@ -83,8 +83,8 @@ static Panel find_panel(const Coded& w, int64_t tiles, int64_t which, uint8_t* s
   Panel made{};
   made.weights = reinterpret_cast<uint32_t*>(scratch) + which * each;
   made.scales = reinterpret_cast<float*>(made.weights) + words_of_panel<Kind>(w) * panel_rows;
-  made.zeros = made.scales + padded_groups(w) * panel_rows;
-  made.sums = made.zeros + padded_groups(w) * panel_rows;
+  made.shifts = made.scales + padded_groups(w) * panel_rows;
+  made.sums = made.shifts + padded_groups(w) * panel_rows;
   made.room = reinterpret_cast<float*>(scratch) + panels_at_once * each;
   return made;
 }

@@ -31,16 +31,15 @@ struct Pairs {
 };
 #endif
 
-// How a panel's weights are made: from codes in registers, whose level is looked up or that are less a zero point, or from rows that
-// are decoded in full.
-enum class Way { levels, zeros, rows };
+// How a panel's weights are made: from codes in registers, whose level is looked up or whose multiples of a scale are shifted by zero points
+// and offsets, or from rows that are decoded in full.
+enum class Way { levels, shifts, rows };
 
 static Way way_of(const Coded& w) {
 #ifdef __AVX512VBMI__
   if (w.bits > 8 || (w.groups > 1 && w.group % 4 != 0)) return Way::rows;
   if (w.levels.kind != Values::none) return w.level_groups == 1 && w.levels.rows == 1 && w.bits <= 4 ? Way::levels : Way::rows;
-  if (w.zeros.kind == Values::signs) return w.zeros.data == nullptr ? Way::levels : Way::rows;
-  return w.zeros.kind == Values::none && w.bits <= 4 ? Way::levels : Way::zeros;
+  return w.zeros.kind == Values::none && w.bits <= 4 ? Way::levels : Way::shifts;
 #else
   (void)w;
   return Way::rows;
@@ -60,7 +59,7 @@ static inline int64_t apart(const Coded& w) {
 // One panel, memory of a thread.
 struct Panel {
   uint32_t* weights;      // [words of a block or of all columns, panel_rows]
-  float *scales, *zeros;  // [padded groups, panel_rows]
+  float *scales, *shifts;  // [padded groups, panel_rows]
   float* sums;            // [vectors, panel_rows]
   float* room;            // for reading grids, or rows
 };
@@ -84,7 +83,7 @@ static void fill_from_rows(const Coded& w, const PanelRows& rows, const Panel& p
 #ifdef __AVX512VBMI__
 // Sixteen lanes of grid: a lane a row, or two for each of eight rows.
 struct LaneGrid {
-  __m512 scale, zero;
+  __m512 scale, shift;
 };
 
 // Of the rows from `first` on where lanes are rows in pairs: the groups of the first and of the second column of a word.
@@ -109,7 +108,7 @@ static inline __attribute__((always_inline)) __m512 to_weights(__m512i codes, co
   __m512 numbers;
   if constexpr (Bits <= 4) numbers = _mm512_permutexvar_ps(codes, levels);  // reads four bits, of which there may be those of others
   else numbers = _mm512_cvtepi32_ps(codes);
-  return _mm512_mul_ps(_mm512_sub_ps(numbers, grid.zero), grid.scale);
+  return _mm512_fmadd_ps(numbers, grid.scale, grid.shift);
 }
 
 // What the lowest four bits of a lane stand for: a level, or their number.
@@ -118,8 +117,7 @@ static __m512 find_levels(const Coded& w, bool levels) {
   for (int i = 0; i < 16; ++i) {
     const int code = i % (1 << (w.bits < 4 ? w.bits : 4));
     if (w.levels.kind != Values::none) found[i] = number_at(w.levels.data, code, w.levels.number);
-    else if (w.zeros.kind == Values::signs) found[i] = code == 0 ? -1.0f : 1.0f;
-    else found[i] = static_cast<float>(code) - (levels ? middle_code(w.bits) : 0.0f);
+    else found[i] = static_cast<float>(code) - (levels ? zero_of(w) : 0.0f);
   }
   return _mm512_load_ps(found);
 }
@@ -133,11 +131,11 @@ static inline __attribute__((always_inline)) void load_grids(const Coded& w, con
   if constexpr (Kind::per_word == 1) {
     (void)two;
     grids[0].scale = _mm512_load_ps(panel.scales + one);
-    if constexpr (!Levels) grids[0].zero = _mm512_load_ps(panel.zeros + one);
+    if constexpr (!Levels) grids[0].shift = _mm512_load_ps(panel.shifts + one);
   } else {
     for (int i = 0; i < 2; ++i) {
       grids[i].scale = in_pairs(panel.scales + one, panel.scales + two, 8 * i);
-      if constexpr (!Levels) grids[i].zero = in_pairs(panel.zeros + one, panel.zeros + two, 8 * i);
+      if constexpr (!Levels) grids[i].shift = in_pairs(panel.shifts + one, panel.shifts + two, 8 * i);
     }
   }
 }
@@ -185,15 +183,20 @@ struct Fill {
 template <class Kind>
 static void fill_from_codes(const Coded& w, const PanelRows& rows, int64_t column, int64_t columns, const Panel& panel) {
   using WithLevels = Fill<Kind, true>;
-  using WithZeros = Fill<Kind, false>;
+  using WithShifts = Fill<Kind, false>;
   if (way_of(w) == Way::levels) FEWBITS_FOR_FIELDS(WithLevels::template of, w, w, rows, column, columns, panel)
-  FEWBITS_FOR_FIELDS(WithZeros::template of, w, w, rows, column, columns, panel)
+  FEWBITS_FOR_FIELDS(WithShifts::template of, w, w, rows, column, columns, panel)
 }
 #endif
 
 static void read_grids(const Coded& w, const PanelRows& rows, const Panel& panel) {
+  const int64_t count = padded_groups(w) * panel_rows;
   read_by_groups(w, w.scales, 1.0f, rows, panel.scales, panel.room);
-  if (way_of(w) == Way::zeros) read_by_groups(w, w.zeros, middle_code(w.bits), rows, panel.zeros, panel.room);
+  for (int64_t i = 0; i < count; ++i) panel.scales[i] *= step_of(w);
+  if (way_of(w) != Way::shifts) return;
+  const bool offsets = has_offsets(w);
+  read_by_groups(w, w.zeros, zero_of(w), rows, panel.shifts, panel.room);
+  for (int64_t i = 0; i < count; ++i) panel.shifts[i] = offsets ? panel.shifts[i] - zero_of(w) * panel.scales[i] : -panel.shifts[i] * panel.scales[i];
 }
 
 }  // namespace panels

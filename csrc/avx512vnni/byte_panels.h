@@ -65,15 +65,18 @@ static void find_steps(const Cut& cut, Step* steps) {
   }
 }
 
-// Whether weights are whole numbers of 8 bits times a scale, but for what zero points that are not whole add.
+// Whether weights are whole numbers of 8 bits times a scale, but for what offsets, and zero points that are not whole, add.
 static bool serves(const Coded& w) {
   return w.form == Coded::packed && w.bits <= 8 && w.levels.kind == Values::none && (w.groups == 1 || w.group % 4 == 0);
 }
 
-static bool shifted(const Coded& w) {
-  if (w.zeros.kind == Values::signs) return w.zeros.data != nullptr;
-  return w.zeros.kind != Values::none && (w.zeros.kind != Values::packed || w.bits == 8);
+// Whether codes less what stands for zero are such numbers, and not only codes less the middle one.
+static bool whole(const Coded& w) {
+  if (has_zero_points(w)) return w.zeros.kind == Values::packed && w.bits < 8;
+  return w.counts != Coded::from_zero || w.bits < 8;
 }
+
+static bool shifted(const Coded& w) { return has_offsets(w) || !whole(w); }
 
 // ---- inputs ---------------------------------------------------------------------------------------------------------------
 
@@ -205,25 +208,19 @@ static int64_t scratch_bytes(const Product& product, int64_t tiles) {
 static void read_grid(const Coded& w, const PanelRows& rows, const Panel& panel) {
   const int64_t count = padded_groups(w) * panel_rows;
   read_by_groups(w, w.scales, 1.0f, rows, panel.scales, panel.room);
-  if (w.zeros.kind == Values::signs) {  // codes are doubled, and less 1
-    for (int64_t i = 0; i < count; ++i) panel.bases[i] = 0x01010101u;
-    if (w.zeros.data == nullptr) return;
-    Values offsets = w.zeros;
-    offsets.kind = Values::dense;
-    return read_by_groups(w, offsets, 0.0f, rows, panel.shifts, panel.room);
-  }
-  const float middle = middle_code(w.bits);
-  read_by_groups(w, w.zeros, middle, rows, panel.shifts, panel.room);
-  const bool whole = !shifted(w);
+  const bool offsets = has_offsets(w), subtracted = whole(w);
+  const float middle = middle_code(w.bits), step = step_of(w);
+  read_by_groups(w, w.zeros, zero_of(w), rows, panel.shifts, panel.room);
   for (int64_t i = 0; i < count; ++i) {
-    panel.bases[i] = static_cast<uint32_t>(whole ? panel.shifts[i] : middle) * 0x01010101u;
-    panel.shifts[i] = (middle - panel.shifts[i]) * panel.scales[i];
+    const float zero = offsets ? zero_of(w) : panel.shifts[i], base = subtracted ? zero : middle;
+    panel.bases[i] = static_cast<uint32_t>(step * base) * 0x01010101u;
+    panel.shifts[i] = (base - zero) * step * panel.scales[i] + (offsets ? panel.shifts[i] : 0.0f);
   }
 }
 
 template <int Bits, int Field>
 static void fill_as(const Coded& w, const Cut& cut, const PanelRows& rows, int64_t column, int64_t columns, const Panel& panel) {
-  const bool doubled = w.zeros.kind == Values::signs;
+  const bool doubled = w.counts == Coded::as_signs;
   const __m512i over = _mm512_set1_epi8(static_cast<char>(0x80)), mask = _mm512_set1_epi8(static_cast<char>((1 << Field) - 1));
   for (int half = 0; half < 2; ++half) {
     uint32_t* to = panel.weights + 16 * half;

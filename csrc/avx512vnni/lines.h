@@ -153,10 +153,9 @@ struct Grid {
 static int64_t scratch_floats(const Coded& w) { return 48 * padded_groups(w) + sixteen_room(w); }
 
 static Grid find_grid(const Coded& w, const Levels* levels, int64_t row, float* room) {
-  const bool signs = w.zeros.kind == Values::signs;
   const int64_t each = 16 * padded_groups(w);
   const auto find = [&](const Values& values, float* to, Number& number) -> const uint8_t* {
-    if (values.kind == Values::none || (values.kind == Values::signs && values.data == nullptr)) return nullptr;
+    if (values.kind == Values::none) return nullptr;
     number = values.number;
     if (values.lines && values.kind != Values::table) return static_cast<const uint8_t*>(values.data) + row * row_bytes_of(values, w.bits);
     read_sixteen(w, values, [row](int64_t r) { return row + r; }, to, room + 3 * each);
@@ -164,10 +163,11 @@ static Grid find_grid(const Coded& w, const Levels* levels, int64_t row, float* 
     return reinterpret_cast<const uint8_t*>(to);
   };
   Grid grid{};
-  grid.factor = signs ? 2.0f : levels != nullptr ? levels->unit : 1.0f;  // signs are twice a code less 1
-  grid.zero = signs ? 0.5f : levels != nullptr ? levels->zero : middle_code(w.bits);
+  grid.factor = levels != nullptr ? levels->unit : step_of(w);
+  grid.zero = levels != nullptr ? levels->zero : zero_of(w);
   grid.scales = find(w.scales, room, grid.of_scales);
-  (signs ? grid.offsets : grid.zeros) = find(w.zeros, room + each, signs ? grid.of_offsets : grid.of_zeros);
+  const bool offsets = has_offsets(w);
+  (offsets ? grid.offsets : grid.zeros) = find(w.zeros, room + each, offsets ? grid.of_offsets : grid.of_zeros);
   grid.packed = w.zeros.kind == Values::packed && w.zeros.lines;
   return grid;
 }

@@ -28,6 +28,14 @@ def uniform(rows: int, columns: int, bits: int = 4, group_size: int = 32, zeros:
     return Uniform.from_codes(codes, (torch.rand(rows, groups, generator=generator) + 0.1).half(), points, bits=bits, group_size=group_size)
 
 
+def two_levels(rows: int, columns: int) -> Stepped:
+    steps, minimums = (
+        Stepped.from_codes(torch.randint(64, (rows, columns // 32)), sign * torch.rand(rows, 1).half() / 64, None, bits=6, group_size=8)
+        for sign in (1, -1)
+    )
+    return Stepped.from_codes(torch.randint(16, (rows, columns)), steps, minimums, bits=4, group_size=32)
+
+
 def test_a_line_is_a_word_of_each_of_sixteen_rows_and_scales_a_number_of_each():
     term = uniform(32, 64, group_size=32, zeros="real")
     laid = Lines.lay(term).term
@@ -61,8 +69,10 @@ def test_there_and_back_is_what_it_was(sixteens, runs, bits, zeros, seed):
         uniform(48, 64, bits=3, zeros="real"),
         Codebook.from_codes(torch.randint(16, (32, 64)), torch.randn(1, 1, 16).half(), torch.rand(32, 2), bits=4, group_size=32),
         Binary.from_signs(torch.randn(32, 64), torch.rand(32, 2).half(), torch.randn(32, 2).half(), group_size=32),
+        Stepped.from_codes(torch.randint(16, (32, 64)), torch.rand(32, 2).half(), torch.randn(32, 2).half(), bits=4, group_size=32),
+        two_levels(32, 128),
     ],
-    ids=["uniform", "3 bits", "codebook", "signs"],
+    ids=["uniform", "3 bits", "codebook", "signs", "minimums", "minimums of two levels"],
 )
 def test_a_term_in_lines_decodes_and_gives_rows_as_it_does(term):
     laid, rows = Lines.lay(term), torch.tensor([3, 30, 16, 3])
@@ -92,8 +102,9 @@ def test_only_what_a_kernel_reads_faster_so_lies_in_lines():
     levels = torch.randn(32, 1, 16).half()
     assert not may_lie_in_lines(Codebook.from_codes(torch.randint(16, (32, 64)), levels, bits=4))  # levels of each row
     codes, steps, minimums = torch.randint(16, (32, 96)), torch.rand(32, 3).half(), torch.randn(32, 3).half()
-    assert may_lie_in_lines(Stepped.from_codes(codes, steps, None, bits=4, group_size=32))
-    assert not may_lie_in_lines(Stepped.from_codes(codes, steps, minimums, bits=4, group_size=32))  # minimums that no kernel adds
+    for added in (None, minimums):
+        assert may_lie_in_lines(Stepped.from_codes(codes, steps, added, bits=4, group_size=32))
+    assert not may_lie_in_lines(Stepped.from_codes(codes, steps.double(), minimums, bits=4, group_size=32))  # numbers that no kernel reads
 
 
 @READ

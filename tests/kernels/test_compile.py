@@ -6,6 +6,7 @@ import torch
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.dense import Dense
 from fewbits.formats.mixed_groups import MixedGroups
+from fewbits.formats.stepped import Stepped
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
 from fewbits.layers.embedding import CompressedEmbedding
@@ -31,6 +32,21 @@ def test_a_compiled_layer_is_one_graph_and_runs_the_kernel():
             whole = vectors <= dispatch.FEW_VECTORS or native.takes_many(native.chosen(), inputs.dtype)
             name = "multiply" if whole else "decode"
             assert dispatch.counts[name] == before[name] + 2  # once compiled, once not
+
+
+@pytest.mark.parametrize("two_levels", [False, True])
+def test_minimums_keep_one_graph(two_levels):
+    torch._dynamo.reset()  # other tests' layers count among the forms that are compiled
+    generator = torch.Generator().manual_seed(0)
+    numbers = [torch.rand(12, 4, generator=generator).half() for _ in range(2)]
+    if two_levels:
+        codes = torch.randint(64, (12, 4), generator=generator)
+        numbers = [Stepped.from_codes(codes, unit[:, :1].contiguous(), None, bits=6, group_size=4) for unit in numbers]
+    table = Stepped.from_codes(torch.randint(16, (12, 64), generator=generator), *numbers, bits=4, group_size=16)
+    layer = CompressedLinear(StoredLinear(CompressedTensor((table,))))
+    compiled, inputs = torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(2, 64, generator=generator)
+    with torch.no_grad():
+        assert torch.equal(compiled(inputs), layer(inputs))
 
 
 def test_the_operators_pass_torchs_checks():

@@ -22,6 +22,7 @@ from fewbits.formats.minifloat import E2M1, Minifloat
 from fewbits.formats.mixed_groups import MixedGroups
 from fewbits.formats.signed_product import SignedProduct
 from fewbits.formats.sparse import Sparse
+from fewbits.formats.stepped import Stepped
 from fewbits.formats.ternary import Ternary
 from fewbits.formats.transposed import Transposed
 from fewbits.formats.uniform import Uniform
@@ -46,6 +47,10 @@ def _two_level() -> Uniform:
     return Uniform.from_codes(_codes(3, ROWS, COLUMNS), inner, _codes(3, ROWS, 6), bits=3, group_size=16)
 
 
+def _two_steps() -> tuple[Stepped, ...]:
+    return tuple(Stepped.from_codes(_codes(6, ROWS, 6), _sample(ROWS, 2).half(), None, bits=6, group_size=4) for _ in range(2))
+
+
 TERMS: dict[str, Callable[[], Term]] = {
     "uniform": lambda: Uniform.from_codes(_codes(4, ROWS, COLUMNS), _sample(ROWS, 3).half(), _codes(4, ROWS, 3), bits=4, group_size=32),
     "two levels": _two_level,
@@ -54,6 +59,8 @@ TERMS: dict[str, Callable[[], Term]] = {
         _codes(5, ROWS, COLUMNS), _sample(3, 1, 32).half(), _sample(3, 3), bits=5, group_size=32, row_ends=(2, 9, ROWS)
     ),
     "minifloat": lambda: Minifloat.round_to_nearest(_sample(ROWS, COLUMNS), E2M1, block_size=16, scale_format="e4m3"),
+    "minimums": lambda: Stepped.from_codes(_codes(4, ROWS, COLUMNS), _sample(ROWS, 3).half(), _sample(ROWS, 3), bits=4, group_size=32),
+    "minimums of two levels": lambda: Stepped.from_codes(_codes(2, ROWS, COLUMNS), *_two_steps(), bits=2, group_size=16),
     "signs": lambda: Binary.from_signs(_sample(ROWS, COLUMNS) - 0.6, _sample(ROWS, 6), _sample(ROWS, 6), group_size=16),
     "ternary": lambda: Ternary.from_signs(_codes(1, ROWS, COLUMNS), _sample(ROWS, 3), group_size=32),
     "factors with signs": lambda: SignedProduct.from_signs(_sample(ROWS, COLUMNS) - 0.6, _sample(ROWS, 3), _sample(3, COLUMNS)),

@@ -59,6 +59,9 @@ TERMS = {
     "uniform of whole rows": lambda rows, columns: uniform(rows, columns, 2, columns),
     "codebook": lambda rows, columns: Codebook.from_codes(codes(3, rows, columns), sample(1, 1, 8).half(), None, bits=3),
     "minifloat": lambda rows, columns: Minifloat.round_to_nearest(sample(rows, columns), E2M1, block_size=16, scale_format="e4m3"),
+    "minimums": lambda rows, columns: Stepped.from_codes(
+        codes(4, rows, columns), sample(rows, -(-columns // 8)).abs(), sample(rows, -(-columns // 8)), bits=4, group_size=8
+    ),
     "signs": lambda rows, columns: Binary.from_signs(sample(rows, columns), sample(rows, 1).abs(), None, group_size=None),
     "ternary": lambda rows, columns: Ternary.from_signs(codes(1, rows, columns), sample(rows, 1).abs(), group_size=columns),
     "codewords": lambda rows, columns: Additive.from_codes(codes(5, rows, -(-columns // 8), 2), sample(2, 32, 8), columns=columns),
@@ -77,6 +80,7 @@ MIXES = [
     ("minifloat", "signs", "ternary", "read unrounded"),
     ("codewords", "sparse", "factors with signs"),
     ("groups of two widths", "thin"),
+    ("minimums", "sparse", "thin", "uniform"),
 ]
 SHAPES = ((33, 100), (7, 256), (130, 36))
 
@@ -210,11 +214,11 @@ def test_several_sums_of_the_same_inputs(isa):
 def test_who_adds_up(monkeypatch):
     """Products one by one: of many vectors, where gradients are asked for, of a term that is not described, and without kernels."""
     terms, inputs = (uniform(8, 64), TERMS["sparse"](8, 64)), sample(2, 64)
-    stepped = Stepped.from_codes(codes(4, 8, 64), sample(8, 2).abs(), sample(8, 2), bits=4, group_size=32)
+    stepped = Stepped.from_codes(codes(4, 8, 64), sample(8, 2).abs(), sample(8, 2).double(), bits=4, group_size=32)
     cases = {
         "many": (terms, sample(FEW_VECTORS + 1, 64)),
         "gradients": (terms, inputs.clone().requires_grad_()),
-        "another term": ((*terms, stepped), inputs),
+        "minimums of float64": ((*terms, stepped), inputs),
         "plain numbers": ((*terms, Dense(sample(8, 64))), inputs),
         "float64": (terms, inputs.double()),
     }

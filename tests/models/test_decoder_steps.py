@@ -16,8 +16,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.additive import Additive
+from fewbits.formats.coded import stored_numbers
 from fewbits.formats.dense import Dense
 from fewbits.formats.rotation import Hadamard
+from fewbits.formats.stepped import Stepped
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import native
 from fewbits.kernels.dispatch import counts
@@ -96,6 +98,32 @@ def test_steps_of_codewords_in_lines_are_those_of_the_layers_own_forward(dtype, 
     step_natively(model)
     found, ran = run(lambda: logits(model))
     assert ran["decoder_step"] > 0
+    assert_close(found, expected)
+
+
+def from_minimums(weight, two_levels):
+    """About the weight, in groups of 16 as the grids of llama.cpp have them: steps and minimums in fp16, or in 6 bits of a row's fp16."""
+    groups = weight.unflatten(1, (-1, 16))
+    low = groups.amin(-1).clamp(max=0)
+    numbers = [((groups.amax(-1) - low) / 15).half(), low.half()]
+    if two_levels:
+        units = [(one.float().abs().amax(1, keepdim=True) / 63 * sign).half() for one, sign in zip(numbers, (1, -1), strict=True)]
+        both = zip(numbers, units, strict=True)
+        numbers = [Stepped.from_codes((one / unit).round(), unit, None, bits=6, group_size=one.shape[1]) for one, unit in both]
+    steps, low = (stored_numbers(one)[:, :, None] for one in numbers)
+    codes = ((groups - low) / steps.clamp(min=1e-8)).round().clamp(0, 15).flatten(1)
+    return (Stepped.from_codes(codes.to(torch.uint8), *numbers, bits=4, group_size=16),)
+
+
+@pytest.mark.parametrize("isa", native.available())
+@pytest.mark.parametrize("two_levels", [False, True], ids=["as q4_1", "as q4_k"])
+def test_steps_of_codes_with_minimums_are_those_of_the_layers_own_forward(two_levels, isa, monkeypatch, compressed, assert_close):
+    monkeypatch.setenv("FEWBITS_FORCE_ISA", isa)
+    model = compressed(terms=lambda weight: from_minimums(weight, two_levels))
+    expected, ran = run(lambda: logits(model))
+    step_natively(model)
+    found, ran = run(lambda: logits(model))
+    assert ran["decoder_step"] == 2 * 7 and ran["decoder_layer"] == 2 * 2
     assert_close(found, expected)
 
 

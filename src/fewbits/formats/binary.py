@@ -11,7 +11,7 @@ from torch import Tensor
 from fewbits.core.errors import InputError
 from fewbits.formats.coded import Coded, describe_numbers, spread_groups, taken_rows
 from fewbits.formats.packing import pack, unpack
-from fewbits.kernels.layout import ABSENT, Description, coded, signs
+from fewbits.kernels.layout import ABSENT, SIGNS, Description, coded, offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +65,10 @@ class Binary(Coded, kind="binary"):
         return unpack(self.signs, 1, self.columns).float() * 2 - 1
 
     def described(self) -> Description | None:
-        scales, offsets = describe_numbers(self.scales), signs(self.offsets)
-        if scales is None or offsets is None or not self.columns:
+        scales, added = describe_numbers(self.scales), describe_numbers(self.offsets)
+        if scales is None or added is None or not self.columns:
             return None
-        return coded((self.rows, self.columns, 1, self.group_size), self.signs, ABSENT, scales, offsets)
+        return coded((self.rows, self.columns, 1, self.group_size), self.signs, ABSENT, scales, offsets(SIGNS, added))
 
     def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
         values = self.unpacked_signs()

@@ -11,9 +11,7 @@ from fewbits.core.errors import InputError
 from fewbits.core.tensor import Term
 from fewbits.formats.coded import Coded, describe_numbers, spread_groups, stored_numbers, taken_rows
 from fewbits.formats.packing import pack, unpack
-from fewbits.kernels import dispatch
-from fewbits.kernels.layout import ABSENT, Description, coded, dense
-from fewbits.kernels.sums import Factors
+from fewbits.kernels.layout import ABSENT, MINIMUMS, Description, coded, offsets
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,40 +60,19 @@ class Stepped(Coded, kind="stepped"):
         return unpack(self.codes, self.bits_per_code, self.columns)
 
     def described(self) -> Description | None:
-        """The multiples of the steps, without the minimums: kernels know zero points only, and those would round."""
-        steps = describe_numbers(self.steps)
-        if self.bits_per_code > 8 or steps is None:
+        steps, minimums = describe_numbers(self.steps), describe_numbers(self.minimums)
+        if self.bits_per_code > 8 or steps is None or minimums is None:
             return None
-        zeros = dense(torch.zeros(1, self.steps.shape[1], device=self.codes.device))
-        return None if zeros is None else coded((*self.shape, self.bits_per_code, self.group_size), self.codes, ABSENT, steps, zeros)
+        sizes = (*self.shape, self.bits_per_code, self.group_size)
+        return coded(sizes, self.codes, ABSENT, steps, offsets(MINIMUMS, minimums))
 
     def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        multiples = self.unpacked_codes().float() * spread_groups(stored_numbers(self.steps), self.group_size, self.columns)
-        return self._raised(multiples).to(dtype)
-
-    def factors(self) -> Factors | None:
-        return super().factors() if self.minimums is None else None
-
-    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        multiples = dispatch.decode(self.described(), torch.float32)
-        return self.define(dtype) if multiples is None else self._raised(multiples).to(dtype)
-
-    def matmul(self, inputs: Tensor) -> Tensor:
-        outputs = dispatch.multiply(self.described(), inputs)
-        if outputs is None:
-            return inputs @ self.define(inputs.dtype).T
-        if self.minimums is None:
-            return outputs
-        missing = self.steps.shape[1] * self.group_size - self.columns
-        sums = torch.nn.functional.pad(inputs, (0, missing)).unflatten(-1, (-1, self.group_size)).sum(-1)
-        return outputs + sums @ stored_numbers(self.minimums).to(inputs.dtype).T
+        values = self.unpacked_codes().float() * spread_groups(stored_numbers(self.steps), self.group_size, self.columns)
+        if self.minimums is not None:
+            values = values + spread_groups(stored_numbers(self.minimums), self.group_size, self.columns)
+        return values.to(dtype)
 
     def taken(self, rows: Tensor) -> Stepped:
         steps, minimums = (None if one is None else taken_rows(one, rows) for one in (self.steps, self.minimums))
         assert steps is not None
         return replace(self, codes=self.codes.index_select(0, rows), steps=steps, minimums=minimums, rows=len(rows))
-
-    def _raised(self, multiples: Tensor) -> Tensor:
-        return (
-            multiples if self.minimums is None else multiples + spread_groups(stored_numbers(self.minimums), self.group_size, self.columns)
-        )

@@ -1,8 +1,8 @@
 """How a matrix of packed codes is described to the kernels: its tensors in order, and a list of sizes that says what they are.
 
-value = (code - zero) * scale, levels[code] * scale, or (2 code - 1) * scale + offset; scales, zero points and offsets lie
-`[rows or 1, groups]`, levels `[rows or 1, (groups or 1) * 2**bits]`. The order is that of `read_coded` in csrc/reader.h, which
-checks every size.
+value = (code - zero) * scale, levels[code] * scale, code * scale + offset, or (2 code - 1) * scale + offset; scales, zero points and
+offsets lie `[rows or 1, groups]`, levels `[rows or 1, (groups or 1) * 2**bits]`. The order is that of `read_coded` in csrc/reader.h,
+which checks every size.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewbits.kernels.native import number
 
-NONE, DENSE, PACKED, CODED, TABLE, SIGNS, RUNS = range(7)
+NONE, DENSE, PACKED, CODED, TABLE, SIGNS, RUNS, MINIMUMS = range(8)
 PLAIN, SPARSE, VECTORS, SIGNED, MIXED, LINES = range(1, 7)  # forms of other matrices, whose width is given as 0 bits
 BASE_THREE = 9  # in the place of a width: codes of three values for -1, 0 and 1, five to a byte, the first one the lowest digit
 _UNITS = (4, 8, 16)  # numbers of a codeword that kernels know
@@ -51,23 +51,22 @@ def table(codes: Tensor, values: Tensor) -> Description:
 
 
 def nested(matrix: Description) -> Description:
-    """Scales or zero points that are a matrix of codes themselves."""
+    """Scales, zero points or offsets that are a matrix of codes themselves."""
     return Description(matrix.tensors, (CODED, *matrix.layout))
 
 
 ABSENT = Description((), (NONE,))
 
 
-def signs(offsets: Tensor | None) -> Description | None:
-    """In the place of zero points: codes of one bit are -1 and 1, and offsets are added to what they are scaled to."""
-    if offsets is None:
-        return Description((), (SIGNS, 0))
-    found = dense(offsets)
-    return None if found is None else Description(found.tensors, (SIGNS, 1, *found.layout[1:]))
+def offsets(counts: int, added: Description) -> Description:
+    """In the place of zero points: codes count from zero (MINIMUMS), or those of one bit are -1 and 1 (SIGNS), and what is `added`, which
+    may be ABSENT, is added to what they are scaled to.
+    """
+    return Description(added.tensors, (counts, *added.layout))
 
 
 def coded(sizes: tuple[int, int, int, int], codes: Tensor, levels: Description, scales: Description, zeros: Description) -> Description:
-    """A matrix of `sizes` rows, columns, bits of a code and columns of a group."""
+    """A matrix of `sizes` rows, columns, bits of a code and columns of a group; `zeros` are zero points or `offsets`."""
     parts = (levels, scales, zeros)
     tensors = sum((part.tensors for part in parts), start=(codes,))
     return Description(tensors, sum((part.layout for part in parts), start=sizes))

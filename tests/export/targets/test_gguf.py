@@ -110,7 +110,7 @@ def test_names_and_the_order_of_rows_are_those_of_the_original_converter(kind, s
         assert torch.equal(theirs, values.detach().float()), name
 
 
-@pytest.mark.parametrize("grid", ["q2_k", "q3_k", "q5_1"])
+@pytest.mark.parametrize("grid", ["q2_k", "q3_k", "q4_k", "q5_1"])
 def test_blocks_go_to_the_file_and_back(grid, saved, compressed, tmp_path):
     small, target = compressed(on_grid(grid), saved(hf.LlamaForCausalLM(hf.LlamaConfig(**WIDE)))), Gguf()
     export(small, target, tmp_path / "out.gguf")

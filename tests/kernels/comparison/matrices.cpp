@@ -33,18 +33,21 @@ Table make_scales(Random& random, const Grid& grid, int64_t groups, Matrix& matr
 
 Table make_zeros(Random& random, const Grid& grid, int64_t groups, Matrix& matrix) {
   const double size = 1 << std::min(grid.bits, 8);
-  Table made;
   switch (grid.zeros) {
     case Zeros::packed: return packed_table(random, grid.rows, groups, grid.bits, matrix.memory);
     case Zeros::numbers: return dense_table(random, grid.rows, groups, grid.number, -size, size, matrix.memory);
     case Zeros::shared: return dense_table(random, 1, groups, grid.number, -size, size, matrix.memory);
-    case Zeros::two_level: return coded_table(random, grid.rows, groups, matrix);
-    case Zeros::signs_and_numbers: made = dense_table(random, grid.rows, groups, grid.number, -1, 1, matrix.memory); break;
-    case Zeros::signs: made.values.rows = 1, made.values.columns = groups; break;
-    default: return made;
+    case Zeros::two_level:
+    case Zeros::two_level_minimums: return coded_table(random, grid.rows, groups, matrix);
+    case Zeros::signs_and_numbers:
+    case Zeros::minimums: return dense_table(random, grid.rows, groups, grid.number, -1, 1, matrix.memory);
+    default: return Table{};
   }
-  made.values.kind = Values::signs;
-  return made;
+}
+
+Coded::Counts what_codes_count(Zeros zeros) {
+  if (zeros == Zeros::signs || zeros == Zeros::signs_and_numbers) return Coded::as_signs;
+  return zeros >= Zeros::from_zero ? Coded::from_zero : Coded::from_middle;
 }
 
 Table make_levels(Random& random, const Grid& grid, int64_t groups, Matrix& matrix) {
@@ -81,6 +84,7 @@ void make_packed(Random& random, const Grid& grid, Matrix& matrix) {
   const Table scales = make_scales(random, grid, coded.groups, matrix), zeros = make_zeros(random, grid, coded.groups, matrix);
   const Table levels = make_levels(random, grid, coded.groups, matrix);
   coded.scales = scales.values, coded.zeros = zeros.values, coded.levels = levels.values;
+  coded.counts = what_codes_count(grid.zeros);
   if (grid.levels != Levels::none) coded.level_groups = levels.values.columns / book;
   for (int64_t row = 0; row < grid.rows; ++row) {
     for (int64_t column = 0; column < grid.columns; ++column) {
@@ -88,12 +92,10 @@ void make_packed(Random& random, const Grid& grid, Matrix& matrix) {
       const int code = codes[static_cast<size_t>(row * grid.columns + column)];
       const double scale = grid.scales == Scales::none ? 1.0 : scales.of(row, g);
       double zero = three ? 1.0 : static_cast<double>(book / 2), factor = scale, size = static_cast<double>(largest), offset = 0.0;
-      if (grid.zeros == Zeros::signs || grid.zeros == Zeros::signs_and_numbers) {
-        zero = 0.5, factor = 2 * scale;
-        if (grid.zeros == Zeros::signs_and_numbers) offset = zeros.of(row, g);
-      } else if (grid.zeros != Zeros::none) {
-        zero = zeros.of(row, g);
-      }
+      const double stored = coded.zeros.kind == Values::none ? 0.0 : zeros.of(row, g);
+      if (coded.counts == Coded::as_signs) zero = 0.5, factor = 2 * scale, offset = stored;
+      else if (coded.counts == Coded::from_zero) zero = 0.0, offset = stored;
+      else if (grid.zeros != Zeros::none) zero = stored;
       double value = (code - zero) * factor + offset;
       size = (size + std::fabs(zero)) * std::fabs(factor) + std::fabs(offset);
       if (grid.levels != Levels::none) {

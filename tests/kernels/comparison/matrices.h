@@ -22,7 +22,7 @@ struct Matrix {
 };
 
 enum class Scales { none, numbers, small, shared, table, two_level };
-enum class Zeros { none, packed, numbers, shared, two_level, signs, signs_and_numbers };
+enum class Zeros { none, packed, numbers, shared, two_level, signs, signs_and_numbers, from_zero, minimums, two_level_minimums };
 enum class Levels { none, shared, rows, groups, runs };
 
 struct Grid {

@@ -103,12 +103,12 @@ constexpr int64_t shapes[][2] = {{700, 700}, {1100, 512}, {390, 128}, {260, 64},
 
 void compare_packed(const Kernels& kernels, int bits, Random& random, Count& count) {
   constexpr Scales scales[] = {Scales::numbers, Scales::shared, Scales::table, Scales::two_level};
-  constexpr Zeros zeros[] = {Zeros::none, Zeros::packed, Zeros::numbers, Zeros::shared, Zeros::two_level};
+  constexpr Zeros zeros[] = {Zeros::none, Zeros::packed, Zeros::numbers, Zeros::shared, Zeros::two_level, Zeros::from_zero, Zeros::minimums, Zeros::two_level_minimums};
   constexpr Levels levels[] = {Levels::shared, Levels::rows, Levels::groups, Levels::runs};
   for (const auto& [columns, group] : shapes) {
     const auto rows = [&random] { return random.below(5) == 0 ? 70 : 1 + random.below(14); };
     for (const Zeros zero : zeros) compare_grid(kernels, {bits, rows(), columns, group, scales[random.below(4)], zero, Levels::none, numbers[random.below(3)]}, random, count);
-    for (const Scales scale : scales) compare_grid(kernels, {bits, rows(), columns, group, scale, zeros[random.below(5)], Levels::none, Number::f16}, random, count);
+    for (const Scales scale : scales) compare_grid(kernels, {bits, rows(), columns, group, scale, zeros[random.below(8)], Levels::none, Number::f16}, random, count);
     for (const Levels level : levels) {
       const Scales scale = random.maybe() ? Scales::none : Scales::numbers;
       compare_grid(kernels, {bits, rows(), columns, group, scale, Zeros::none, level, numbers[random.below(3)]}, random, count);

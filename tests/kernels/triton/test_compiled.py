@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.sparse import Sparse
+from fewbits.formats.stepped import Stepped
 from fewbits.formats.ternary import Ternary
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch
@@ -52,6 +53,7 @@ uniform(4, 64).matmul(torch.ones(40, 64).bfloat16())
 uniform(7, 24).decode(torch.bfloat16)
 Codebook.from_codes(three, torch.randn(1, 2, 8), None, bits=3, group_size=32).matmul(torch.ones(2, 64))
 Binary.from_signs(matrix.sign(), torch.ones(16, 1), torch.ones(16, 1)).matmul(torch.ones(1, 64).half())
+Stepped.from_codes(three, torch.ones(16, 2), torch.ones(16, 2), bits=3, group_size=32).matmul(torch.ones(3, 64).half())
 Ternary.from_signs(three % 3 - 1).matmul(torch.ones(1, 64))
 Sparse.from_dense(matrix, matrix > 2).matmul(torch.ones(1, 64))
 NoDriver.capability = 80
@@ -68,6 +70,7 @@ import torch
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.dense import Dense
 from fewbits.formats.sparse import Sparse
+from fewbits.formats.stepped import Stepped
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch
 
@@ -80,6 +83,7 @@ for bits in range(1, 9):
         scales = torch.rand(130, -(-520 // (group or 520)), generator=generator).half()
         zeros = torch.randint(2**bits, scales.shape, generator=generator)
         terms += [Uniform.from_codes(codes, scales, zeros, bits=bits, group_size=group)]
+        terms += [Stepped.from_codes(codes, scales, -zeros.half(), bits=bits, group_size=group or 520)]
         terms += [Codebook.from_codes(codes, torch.randn(1, 1, 2**bits, generator=generator).half(), scales, bits=bits, group_size=group)]
 for term in terms:
     there, weight = term.to("cuda"), term.decode().double()
@@ -94,7 +98,7 @@ for term in terms:
             assert dispatch.counts["multiply"] == before + 1
             reach = inputs.double().abs() @ weight.abs().T
             assert bool(((found - inputs.double() @ weight.T).abs() <= (1e-5 + step) * reach + 1e-4).all()), (term, vectors, dtype)
-    if isinstance(term, Uniform | Codebook):
+    if isinstance(term, Uniform | Codebook | Stepped):
         assert torch.equal(there.decode(torch.bfloat16).cpu(), term.define(torch.bfloat16))
 print("computed", len(terms))
 """
@@ -113,9 +117,9 @@ def run(program: str, folder) -> str:
 @pytest.mark.slow
 def test_every_form_is_bound_and_compiles_for_two_generations_of_gpus(tmp_path):
     few, many = "multiply_few", "multiply_many"
-    assert run(COMPILED, tmp_path).split() == [few, many, "decode_rows", few, few, few, "multiply_sparse", few]
+    assert run(COMPILED, tmp_path).split() == [few, many, "decode_rows", few, few, few, few, "multiply_sparse", few]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_products_and_rows_on_a_gpu_agree(tmp_path):
-    assert run(ON_A_GPU, tmp_path) == "computed 66"
+    assert run(ON_A_GPU, tmp_path) == "computed 98"

@@ -11,6 +11,7 @@ from fewbits.formats.dense import Dense
 from fewbits.formats.lowrank import LowRank
 from fewbits.formats.minifloat import E2M1, E4M3, Minifloat
 from fewbits.formats.sparse import Sparse
+from fewbits.formats.stepped import Stepped
 from fewbits.formats.ternary import Ternary
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch
@@ -50,6 +51,24 @@ def test_signs(assert_agrees, scaled):
     group_size = None if scaled == "neither" else 32
     given = {"neither": (None, None), "scales": (scales, None), "scales and offsets": (scales, offsets)}[scaled]
     assert_is_its_definition(assert_agrees, Binary.from_signs(signs.float(), *given, group_size=group_size), 3)
+
+
+@pytest.mark.parametrize("minimums", ["none", "numbers", "two levels"])
+def test_codes_that_count_up_from_minimums(assert_agrees, minimums):
+    generator, (rows, columns, group_size) = sample(1), (9, 300, 32)
+    codes = torch.randint(16, (rows, columns), generator=generator)
+    if minimums == "two levels":
+        units = [sign * torch.rand(rows, 2, generator=generator).half() for sign in (1, -1)]
+        numbers = [
+            Stepped.from_codes(torch.randint(64, (rows, 10), generator=generator), unit, None, bits=6, group_size=8) for unit in units
+        ]
+    else:
+        numbers = [torch.rand(rows, 10, generator=generator).half(), torch.randn(rows, 10, generator=generator).half()]
+    term = Stepped.from_codes(codes, numbers[0], None if minimums == "none" else numbers[1], bits=4, group_size=group_size)
+    assert torch.equal(term.decode(), term.define())
+    steps, low = (one if isinstance(one, Tensor) else one.define() for one in numbers)
+    for vectors in (1, 3, 20):
+        assert_agrees(term, torch.randn(vectors, columns, generator=generator), (15 * steps.abs() + low.abs()).amax(1).float())
 
 
 @pytest.mark.parametrize("group_size", [None, 32, 21])

@@ -149,6 +149,8 @@ def test_sizes_that_do_not_fit_are_refused(on_gpu):
         ((12, 64, 4, 16, 0, layout.PACKED, 12, 4, 0, 0), "levels and scales are not packed"),
         ((12, 64, 4, 16, 0, 9, 12, 4, 0, 0), "a table of kind 9 is not known"),
         ((12, 64, 2, 16, 0, 0, layout.SIGNS, 0), "signs have one bit, not 2"),
+        ((12, 64, 2, 16, 0, 0, layout.MINIMUMS, layout.PACKED, 12, 4, 0), "offsets are not packed"),
+        ((12, 64, 2, 16, 0, 0, layout.MINIMUMS, layout.SIGNS, 0), "a table of kind 5 is not known"),
         ((12, 64, layout.BASE_THREE, 16, layout.DENSE, 1, 512, 0, 0, 0), "neither levels nor zero points"),
         ((12, 64, 0, layout.PLAIN, 3), "numbers of kind 3 are not known"),
         ((12, 64, 0, layout.SPARSE, 0, 8, 5), "column indices of 8 bytes are not known"),

@@ -10,14 +10,14 @@ import torch
 from fewbits.kernels import layout as kinds
 
 # What a code stands for.
-MIDDLE, ZEROS, PACKED_ZEROS, SIGNS, SIGNS_AND_OFFSETS, ONE_BOOK, BOOK_A_GROUP, NUMBERS = range(8)
+MIDDLE, ZEROS, PACKED_ZEROS, FROM_ZERO, FROM_MINIMUMS, SIGNS, SIGNS_AND_OFFSETS, ONE_BOOK, BOOK_A_GROUP, NUMBERS = range(10)
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # in the order of `native.number`
 
 
 @dataclass(frozen=True)
 class Table:
-    """Scales, zero points or levels `[rows or 1, columns]`: the tensor at `place`, or a matrix of codes with its own tensors there."""
+    """Scales, zero points, offsets or levels `[rows or 1, columns]`: the tensor at `place`, or a matrix of codes with its own tensors."""
 
     kind: int
     rows: int
@@ -108,17 +108,15 @@ class _Reader:
         levels, scales = self.table(self.take_one(), (rows, 0)), self.table(self.take_one(), (rows, groups))
         if any(table is not None and table.kind == kinds.PACKED for table in (levels, scales)):
             raise ValueError("levels and scales are not packed")
-        kind = self.take_one()
-        if kind == kinds.SIGNS:  # offsets, or nothing, follow
-            kind_of_zeros, kind = kind, kinds.DENSE if self.take_one() else kinds.NONE
-        else:
-            kind_of_zeros = kind
+        counts = kind = self.take_one()
+        if counts in (kinds.SIGNS, kinds.MINIMUMS):  # offsets, or nothing, follow
+            kind = self.take_one()
         zeros = self.table(kind, (rows, groups))
-        grid = self.grid(levels, kind_of_zeros, zeros, (bits, groups))
+        grid = self.grid(levels, counts, zeros, (bits, groups))
         return Structure(rows, columns, bits, group, groups, grid, place, torch.uint8, levels, scales, zeros)
 
     def table(self, kind: int, expected: tuple[int, int]) -> Table | None:
-        """Scales, zero points or levels of the `expected` rows and columns; any columns where 0."""
+        """Scales, zero points, offsets or levels of the `expected` rows and columns; any columns where 0."""
         if kind == kinds.NONE:
             return None
         if kind == kinds.RUNS:
@@ -140,16 +138,20 @@ class _Reader:
             raise ValueError(f"a table [{table.rows}, {table.columns}] does not fit {expected[0]} rows of {expected[1]} groups")
         return table
 
-    def grid(self, levels: Table | None, kind_of_zeros: int, zeros: Table | None, sizes: tuple[int, int]) -> int:
-        """What a code stands for; raises ValueError for what does not fit codes of so many bits in so many groups."""
+    def grid(self, levels: Table | None, counts: int, zeros: Table | None, sizes: tuple[int, int]) -> int:
+        """What a code stands for, by what codes count from; raises ValueError for what does not fit so many bits and groups."""
         bits, groups = sizes
-        if bits == kinds.BASE_THREE and (levels is not None or kind_of_zeros != kinds.NONE):
+        if bits == kinds.BASE_THREE and (levels is not None or counts != kinds.NONE):
             raise ValueError("codes to the base of three have neither levels nor zero points")
         if levels is not None:
             if levels.columns not in (2**bits, groups * 2**bits):
                 raise ValueError(f"{levels.columns} levels do not fit {groups} groups and codes of {bits} bits")
             return ONE_BOOK if levels.columns == 2**bits else BOOK_A_GROUP
-        if kind_of_zeros == kinds.SIGNS:
+        if counts in (kinds.SIGNS, kinds.MINIMUMS) and zeros is not None and zeros.kind == kinds.PACKED:
+            raise ValueError("offsets are not packed")
+        if counts == kinds.MINIMUMS:
+            return FROM_ZERO if zeros is None else FROM_MINIMUMS
+        if counts == kinds.SIGNS:
             if bits != 1:
                 raise ValueError(f"signs have one bit, not {bits}")
             return SIGNS if zeros is None else SIGNS_AND_OFFSETS

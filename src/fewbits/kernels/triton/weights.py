@@ -1,8 +1,8 @@
 """Tiles of a matrix as numbers, made from packed codes where they lie: what every kernel of this folder reads weights with.
 
 A tile has `rows`, int64 `[tile rows]`, and `BLOCK` columns from `first` on, a multiple of BLOCK; what lies outside of the matrix is read
-as zero bytes and never followed. `parts` are pointers to codes, levels, scales and zero points, `strides` elements from a row of each
-to the next, 0 where all rows share one.
+as zero bytes and never followed. `parts` are pointers to codes, levels, scales and zero points or offsets, `strides` elements from a row of
+each to the next, 0 where all rows share one.
 """
 
 import triton
@@ -14,6 +14,7 @@ from fewbits.kernels.triton import structure
 _BASE_THREE = tl.constexpr(layout.BASE_THREE)
 _MIDDLE, _ZEROS, _PACKED_ZEROS = tl.constexpr(structure.MIDDLE), tl.constexpr(structure.ZEROS), tl.constexpr(structure.PACKED_ZEROS)
 _SIGNS, _SIGNS_AND_OFFSETS = tl.constexpr(structure.SIGNS), tl.constexpr(structure.SIGNS_AND_OFFSETS)
+_FROM_ZERO, _FROM_MINIMUMS = tl.constexpr(structure.FROM_ZERO), tl.constexpr(structure.FROM_MINIMUMS)
 _ONE_BOOK, _BOOK_A_GROUP = tl.constexpr(structure.ONE_BOOK), tl.constexpr(structure.BOOK_A_GROUP)
 _NUMBERS = tl.constexpr(structure.NUMBERS)
 
@@ -111,7 +112,9 @@ def read_weights(  # noqa: PLR0913 - a tile of a matrix, and all that its form i
     SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """float32 `[tile rows, BLOCK]`: the very numbers that the definition has. What lies outside of the matrix means nothing."""
+    """float32 `[tile rows, BLOCK]`: the very numbers that the definition has, but for the last place where minimums are added to multiples
+    of float32 scales in one instruction: those of scales of 16 bits are exact. What lies outside of the matrix means nothing.
+    """
     if GRID == _NUMBERS:
         numbers = read_numbers(parts[0], strides[0], rows, there, first + tl.arange(0, BLOCK), columns)
     else:
@@ -127,11 +130,10 @@ def read_weights(  # noqa: PLR0913 - a tile of a matrix, and all that its form i
             scales = tl.full((1, 1), 1.0, dtype=tl.float32)
         if GRID >= _ONE_BOOK:  # a book for all, or one a group
             numbers = read_levels(parts[1], strides[1], codes, rows, there, groups, count, GROUP, GRID, 2**BITS) * scales
-        elif GRID == _SIGNS:
-            numbers = tl.where(codes != 0, scales, -scales)
-        elif GRID == _SIGNS_AND_OFFSETS:
-            offsets = spread(read_numbers(parts[3], strides[3], rows, there, groups, count), GROUP, BLOCK)
-            numbers = tl.where(codes != 0, scales, -scales) + offsets
+        elif GRID >= _FROM_ZERO:
+            numbers = tl.where(codes != 0, scales, -scales) if GRID >= _SIGNS else codes.to(tl.float32) * scales
+            if (GRID == _FROM_MINIMUMS) | (GRID == _SIGNS_AND_OFFSETS):
+                numbers += spread(read_numbers(parts[3], strides[3], rows, there, groups, count), GROUP, BLOCK)
         elif GRID == _MIDDLE:
             middle: tl.constexpr = 1 if BITS == _BASE_THREE else 2 ** (BITS - 1)
             numbers = (codes - middle).to(tl.float32) * scales
