@@ -13,7 +13,7 @@
 #include "ternary.h"
 #endif
 #ifdef FEWBITS_LINES
-#include "avx512vnni/lines.h"
+#include "avx512vnni/sum_lines.h"
 #include "avx512vnni/words.h"
 #endif
 
@@ -31,6 +31,7 @@ static int64_t prepared_floats(const Product& product) {
   if (w.form == Coded::mixed) return mixed_groups::prepared_floats(product);
   if (w.form != Coded::packed) return additions::prepared_floats(product);
 #ifdef FEWBITS_LINES
+  if (sum_lines::serves(w, product.vectors)) return sum_lines::prepared_floats(product);
   if (lines::serves(w)) return lines::prepared_floats(product);
 #endif
 #ifdef FEWBITS_FIXED
@@ -51,6 +52,7 @@ static void prepare(const Product& product, int64_t vector, float* room) {
   if (w.form == Coded::mixed) return mixed_groups::prepare(product, vector, room);
   if (w.form != Coded::packed) return additions::prepare(product, vector, room);
 #ifdef FEWBITS_LINES
+  if (sum_lines::serves(w, product.vectors)) return sum_lines::prepare(product, vector, room);
   if (lines::serves(w)) return lines::prepare(product, vector, room);
 #endif
 #ifdef FEWBITS_FIXED
@@ -75,6 +77,7 @@ static int64_t scratch_floats(const Coded& w, int64_t vectors) {
   if (w.form != Coded::packed) return additions::scratch_floats(w);
   const int64_t floats = FEWBITS_ISA::scratch_floats(w, vectors) + bytes_of_lines(w) / 4;
 #ifdef FEWBITS_LINES
+  if (sum_lines::serves(w, vectors)) return floats + sum_lines::scratch_floats(w);
   if (lines::serves(w)) return floats + lines::scratch_floats(w);
 #endif
 #ifdef FEWBITS_FIXED
@@ -102,7 +105,7 @@ static void multiply_from_lines(const Product& product, const float* prepared, i
     Coded rows = w;
     rows.lines = false;
     uint8_t* room = reinterpret_cast<uint8_t*>(scratch);
-    rows.codes = bring_into_rows(w.codes, w.row_bytes, 4, row, room);
+    rows.codes = bring_into_rows(w.codes, w.row_bytes, word_of(w), row, room);
     rows.code_bytes = (row + line_rows) * w.row_bytes;
     for (Values* values : {&rows.scales, &rows.zeros}) {
       if (!values->lines) continue;
@@ -125,6 +128,7 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
   if (w.form == Coded::mixed) return mixed_groups::multiply(product, prepared, first, last, scratch);
   if (w.form != Coded::packed) return additions::multiply(product, prepared, first, last, scratch);
 #ifdef FEWBITS_LINES
+  if (sum_lines::serves(w, product.vectors)) return sum_lines::multiply(product, prepared, first, last, scratch);
   if (lines::serves(w)) return lines::multiply(product, prepared, first, last, scratch);
 #endif
   if (w.lines) return multiply_from_lines(product, prepared, first, last, scratch);
@@ -139,8 +143,17 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
 }
 
 #ifdef FEWBITS_LINES
-static int64_t parts(const Product& product) { return word_tables::serves(*product.matrix, product.vectors) ? word_tables::parts(product) : 0; }
-static bool reads_lines(const Coded& w) { return lines::serves(w) || word_tables::serves(w, 1); }
+static int64_t parts(const Product& product) {
+  const Coded& w = *product.matrix;
+  return word_tables::serves(w, product.vectors) ? word_tables::parts(product) : sum_lines::serves(w, product.vectors) ? sum_lines::parts(product) : 0;
+}
+
+static void make_part(const Product& product, int64_t part, float* room) {
+  const auto make = product.matrix->form == Coded::vectors ? word_tables::make_part : sum_lines::make_part;
+  make(product, part, room);
+}
+
+static bool reads_lines(const Coded& w) { return lines::serves(w) || sum_lines::serves(w, 1) || word_tables::serves(w, 1); }
 #endif
 
 }  // namespace chosen
@@ -152,7 +165,7 @@ constexpr Kernels make_kernels(const char* name, const Panels* (*panels)(const P
   made.scratch_floats = chosen::scratch_floats, made.multiply = chosen::multiply, made.decode = decode;
   made.feed_back = feed_back, made.rotate = rotate;
 #ifdef FEWBITS_LINES
-  made.parts = chosen::parts, made.make_part = word_tables::make_part, made.reads_lines = chosen::reads_lines;
+  made.parts = chosen::parts, made.make_part = chosen::make_part, made.reads_lines = chosen::reads_lines;
 #endif
   return made;
 }

@@ -46,7 +46,7 @@ static void read_numbers(const void* data, int64_t at, Number number, int64_t co
 // Scratch that decode_row needs.
 static int64_t decode_floats(const Coded& w) {
   const int64_t inner = values_floats(w.scales), zero = values_floats(w.zeros);
-  return (w.lines ? w.row_bytes / 4 : 0) + rounded_up(w.columns, 8) / 4 + 2 * (w.groups + lanes) + (int64_t{1} << w.bits) * (w.level_groups > 0 ? w.level_groups : 1) + (inner > zero ? inner : zero) + 2 * lanes;
+  return (w.lines ? ceiling(w.row_bytes, 4) : 0) + rounded_up(w.columns, 8) / 4 + 2 * (w.groups + lanes) + (int64_t{1} << w.bits) * (w.level_groups > 0 ? w.level_groups : 1) + (inner > zero ? inner : zero) + 2 * lanes;
 }
 
 static void decode_row(const Coded& w, int64_t row, float* out, float* scratch);
@@ -100,7 +100,7 @@ static void read_grid(const Coded& w, int64_t row, float* scales, float* shifts,
 // The codes of a row, in `room` where its words lie apart.
 static const uint8_t* codes_of_row(const Coded& w, int64_t row, uint8_t* room) {
   if (!w.lines) return w.codes + row * w.row_bytes;
-  take_from_lines(w.codes, w.row_bytes, 4, row, room);
+  take_from_lines(w.codes, w.row_bytes, word_of(w), row, room);
   return room;
 }
 
@@ -123,7 +123,7 @@ static int64_t scale_in_lanes(const Coded& w, const float* scales, const float* 
 
 static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) {
   const uint8_t* stored = codes_of_row(w, row, reinterpret_cast<uint8_t*>(scratch));
-  if (w.lines) scratch += w.row_bytes / 4;
+  if (w.lines) scratch += ceiling(w.row_bytes, 4);
   uint8_t* codes = reinterpret_cast<uint8_t*>(scratch);
   float* scales = scratch + rounded_up(w.columns, 8) / 4;
   float* zeros = scales + w.groups + lanes;

@@ -58,8 +58,8 @@ constexpr int64_t item_of(const Values& values) {
 // (2 code - 1) * scale + offset.
 // Every row is a little-endian bit stream that begins at a byte; `group` neighbouring columns share a scale.
 //
-// Where they are `lines`, the rows' words of 32 bits lie sixteen rows at a time: word 0 of each of them, then word 1 of each. So do
-// numbers that each row has for itself.
+// Where they are `lines`, the rows' words of 32 bits lie sixteen rows at a time: word 0 of each of them, then word 1 of each; ternary codes
+// whose rows are not of whole words by halves of words. So do numbers that each row has for itself.
 //
 // Or, for what is added to such a matrix: numbers as they are in the place of the codes (`plain`), or the entries of compressed
 // sparse rows, their columns in `indices` and each row's beginning in `pointers` (`sparse`).
@@ -149,5 +149,8 @@ constexpr int64_t feedback_rows = 32;
 constexpr int64_t line_rows = 16;  // whose codes share a line of 64 bytes, where codes lie in lines
 constexpr int64_t chunk_rows = 32;  // rows of a matrix that a thread takes at a time
 constexpr int64_t word_rows = 64;   // rows of codewords that share a line
+
+// Bytes of a row's codes that lie together where they lie in lines: a word, or half of one where rows are not of whole words.
+constexpr int64_t word_of(const Coded& w) { return w.row_bytes % 4 == 0 ? 4 : 2; }
 
 }  // namespace fewbits

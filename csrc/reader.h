@@ -152,7 +152,8 @@ class Reader {
     coded.groups = (coded.columns + coded.group - 1) / coded.group;
     coded.row_bytes = packed_bytes(coded.columns, coded.bits);
     require(coded.row_bytes <= largest / coded.rows, "a matrix is too large");
-    require(!coded.lines || (coded.rows % line_rows == 0 && coded.row_bytes % 4 == 0), "lines need sixteen rows, of whole words");
+    const int64_t word = coded.bits == base_three ? word_of(coded) : 4;
+    require(!coded.lines || (coded.rows % line_rows == 0 && coded.row_bytes % word == 0), "lines need sixteen rows, of whole words");
     coded.code_bytes = coded.row_bytes * coded.rows;
     coded.codes = static_cast<const uint8_t*>(next_buffer(coded.code_bytes));
     coded.levels = read_values(coded, depth);

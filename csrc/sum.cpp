@@ -26,7 +26,7 @@ bool same_layout(const Coded& a, const Coded& b) {
   if (a.form == Coded::plain) return a.number == b.number;
   if (a.form == Coded::sparse) return true;
   const bool packed = a.form == Coded::packed && a.bits == b.bits && a.group == b.group && a.lines == b.lines;
-  return packed && a.levels.kind == b.levels.kind && a.level_groups == b.level_groups;
+  return packed && a.counts == b.counts && a.levels.kind == b.levels.kind && a.level_groups == b.level_groups;
 }
 
 bool in_word_lines(const Coded& matrix) { return matrix.form == Coded::vectors && matrix.lines; }
@@ -67,10 +67,17 @@ std::vector<int64_t> ends_of_tasks(int64_t rows, int threads, int64_t whole) {
   return ends;
 }
 
-// Rows that are best taken together, or a multiple of them: of codewords in lines as many as share a table in registers.
+// Rows that are best taken together, or a multiple of them: of what is looked up in tables as many as share those in registers.
 int64_t whole_rows(const std::vector<const Sum*>& sums) {
-  for (const Sum* sum : sums) for (const Summand& term : sum->terms) if (in_word_lines(*term.matrix)) return 4 * word_rows;
-  return chunk_rows;
+  int64_t whole = chunk_rows;
+  for (const Sum* sum : sums) {
+    for (const Summand& term : sum->terms) {
+      const Coded& matrix = *term.matrix;
+      if (in_word_lines(matrix)) return 4 * word_rows;
+      if (matrix.lines && (matrix.bits == base_three || matrix.counts == Coded::as_signs)) whole = 4 * line_rows;
+    }
+  }
+  return whole;
 }
 
 // Whether the first term of a sum is there before its rows are asked for: a stream of codes that nothing comes between is read fastest.

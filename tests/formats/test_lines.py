@@ -10,6 +10,7 @@ from fewbits.formats.codebook import Codebook
 from fewbits.formats.dense import Dense
 from fewbits.formats.lines import Lines, lay, may_lie_in_lines
 from fewbits.formats.stepped import Stepped
+from fewbits.formats.ternary import Ternary
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import native
 
@@ -71,8 +72,10 @@ def test_there_and_back_is_what_it_was(sixteens, runs, bits, zeros, seed):
         Binary.from_signs(torch.randn(32, 64), torch.rand(32, 2).half(), torch.randn(32, 2).half(), group_size=32),
         Stepped.from_codes(torch.randint(16, (32, 64)), torch.rand(32, 2).half(), torch.randn(32, 2).half(), bits=4, group_size=32),
         two_levels(32, 128),
+        Ternary.from_signs(torch.randint(-1, 2, (32, 160)), torch.rand(32, 5).half(), group_size=32),
+        Ternary.from_signs(torch.randint(-1, 2, (32, 110)), torch.rand(32, 4).half(), group_size=32),
     ],
-    ids=["uniform", "3 bits", "codebook", "signs", "minimums", "minimums of two levels"],
+    ids=["uniform", "3 bits", "codebook", "signs", "minimums", "minimums of two levels", "ternary", "ternary by halves of words"],
 )
 def test_a_term_in_lines_decodes_and_gives_rows_as_it_does(term):
     laid, rows = Lines.lay(term), torch.tensor([3, 30, 16, 3])
@@ -81,6 +84,13 @@ def test_a_term_in_lines_decodes_and_gives_rows_as_it_does(term):
     assert torch.equal(laid.taken(rows).decode(), term.define()[rows])
     inputs = torch.randn(3, term.shape[1])
     torch.testing.assert_close(laid.matmul(inputs), inputs @ term.define().T, atol=2e-4, rtol=1e-5)
+    assert all(torch.equal(laid.plain().tensors()[name], tensor) for name, tensor in term.tensors().items())
+
+
+def test_ternary_rows_that_are_not_of_whole_words_lie_by_halves():
+    codes = torch.arange(16 * 22, dtype=torch.uint8).view(16, 22)
+    laid = Lines.lay(Ternary(codes, None, 16, 110, 110)).term.codes.view(11, 16, 2)
+    assert all(torch.equal(laid[half, row], codes[row, 2 * half : 2 * half + 2]) for half in range(11) for row in range(16))
 
 
 def test_terms_in_lines_are_joined_by_rows():

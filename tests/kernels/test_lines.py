@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.lines import Lines
@@ -97,6 +98,37 @@ def test_signs_and_scales_of_every_kind(isa, scales):
         term = Binary.from_signs(signs, held, torch.randn(32, 4).half() if scales == "own" else None, group_size=32)
     for vectors in (1, 4, 40):
         assert_agrees(term, torch.randn(vectors, 128, generator=generator))
+
+
+@pytest.mark.parametrize("digits", ["1", "2", "3"])
+def test_signs_of_blocks_of_every_size_and_inputs_of_any_digits(isa, digits, monkeypatch):
+    monkeypatch.setenv("FEWBITS_INPUT_DIGITS", digits)
+    generator = torch.Generator().manual_seed(7)
+    for rows, columns, group_size in ((112, 384, 128), (64, 4096, 4096), (16, 96, 32)):
+        term = Binary.from_signs(
+            torch.randn(rows, columns, generator=generator),
+            torch.rand(rows, columns // group_size, generator=generator).half() + 0.1,
+            torch.randn(rows, columns // group_size, generator=generator).half() / 8,
+            group_size=group_size,
+        )
+        for vectors, dtype in ((1, torch.float32), (3, torch.bfloat16)):
+            assert_agrees(term, torch.randn(vectors, columns, generator=generator).to(dtype))
+            assert_agrees(term, torch.rand(vectors, columns, generator=generator).to(dtype) + 0.5)  # of one size: sums of four are large
+
+
+def test_signs_of_inputs_that_are_not_finite_give_what_is_not(isa):
+    inputs = torch.randn(3, 128)
+    inputs[0, 70], inputs[1, 5] = float("nan"), float("inf")
+    found = multiply(Binary.from_signs(torch.randn(32, 128), torch.rand(32, 4), group_size=32), inputs)
+    assert not torch.isfinite(found[:2]).any() and torch.isfinite(found[2]).all()
+
+
+def test_signs_and_codes_of_one_bit_have_inputs_of_their_own_in_a_sum(isa, uniform):
+    signs = Binary.from_signs(torch.randn(64, 128), torch.rand(64, 4), group_size=32)
+    codes, inputs = uniform(1, 64, 128, 32), torch.randn(2, 128)
+    expected = inputs.double() @ (codes.define(torch.float64) + signs.define(torch.float64)).T
+    found = CompressedTensor((Lines.lay(codes), Lines.lay(signs))).matmul(inputs)
+    torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scales", ["e8m0", "e4m3"])

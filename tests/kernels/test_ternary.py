@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fewbits.formats.lines import Lines, may_lie_in_lines
 from fewbits.formats.ternary import Ternary
 from fewbits.formats.transposed import Transposed
 from fewbits.formats.uniform import Uniform
@@ -14,6 +15,7 @@ from fewbits.kernels.attention import serves
 
 LIMIT = 1e-6  # of the sum of |input| times the largest scale of the row: what sums of float32 products may be off by
 DIGITS_LIMIT = {1: 2**-6, 2: 2**-14}  # of the largest |input| times that scale, for each square root of a column
+PANEL_LIMIT = 2**-8  # of the sum of |input * weight|, where panels of many vectors round weights to bfloat16
 ROUNDED_TO = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}  # of the product: the output's own rounding
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
@@ -26,14 +28,16 @@ def ternary(rows: int, columns: int, group_size: int | None, scales: str = "fp16
     return Ternary.from_signs(signs, None if dtype is None else made.to(dtype), group_size=group_size)
 
 
-def errors(term: Ternary, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def errors(term: Ternary, inputs: Tensor, in_lines: bool = False) -> tuple[Tensor, Tensor]:
     """What a product by a kernel is off by, and the limit."""
     before = dispatch.counts["multiply"]
-    found = term.matmul(inputs)
+    found = (Lines.lay(term) if in_lines else term).matmul(inputs)
     assert dispatch.counts["multiply"] == before + 1 and found.dtype == inputs.dtype
     weight = term.define(torch.float64)
     expected = inputs.double() @ weight.T
     limit = LIMIT * inputs.double().abs().sum(-1, keepdim=True) * weight.abs().amax(1)
+    reach = inputs.double().abs().amax(-1, keepdim=True) * weight.abs().amax(1)
+    limit = limit + (DIGITS_LIMIT[2] * term.columns**0.5 * reach if inputs.dtype == torch.bfloat16 else 0)
     limit = limit + ROUNDED_TO[inputs.dtype] * (expected.abs() + limit) + torch.finfo(inputs.dtype).smallest_normal
     return (found.double() - expected).abs(), limit
 
@@ -132,3 +136,80 @@ def test_attention_does_not_take_them_for_a_uniform_grid():
     assert not serves(term.described()) and serves(
         Uniform.from_codes(torch.zeros(8, 64), torch.ones(8, 2), None, bits=2, group_size=32).described()
     )
+
+
+# Rows of whole words and of halves; groups that end in words and at their edges; 16 to 112 rows: blocks of every size.
+@pytest.mark.parametrize(
+    ("rows", "columns", "group_size"), [(64, 4096, 128), (16, 4096, None), (112, 1010, 333), (48, 400, 20), (32, 509, 17)]
+)
+@pytest.mark.parametrize("scales", ["none", "fp16", "fp32", "shared"])
+def test_codes_in_lines_agree(isa, rows, columns, group_size, scales):
+    term = ternary(rows, columns, group_size, scales)
+    assert may_lie_in_lines(term) == (isa == "avx512vnni")
+    for vectors, dtype in ((1, torch.bfloat16), (1, torch.float32), (3, torch.float16), (40, torch.bfloat16)):
+        if vectors > 32 and not native.takes_many(isa, dtype):
+            continue  # decoded, and multiplied by torch
+        inputs = torch.randn(vectors, columns, generator=torch.Generator().manual_seed(vectors)).to(dtype)
+        error, limit = errors(term, inputs, in_lines=True)
+        if vectors > 32 and dtype == torch.bfloat16:  # panels round weights
+            limit = limit + PANEL_LIMIT * (inputs.double().abs() @ term.define(torch.float64).abs().T)
+        assert bool((error <= limit).all())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sixteens=st.integers(1, 9),
+    halves=st.integers(2, 80),
+    group_size=st.one_of(st.none(), st.sampled_from([16, 17, 20, 32, 64, 100, 128, 256]), st.integers(1, 400)),
+    vectors=st.integers(1, 5),
+    dtype=st.sampled_from(list(ROUNDED_TO)),
+)
+def test_codes_in_lines_of_any_shape_agree(sixteens, halves, group_size, vectors, dtype):
+    term = ternary(16 * sixteens, 10 * halves - sixteens % 5, group_size, seed=halves)
+    inputs = torch.randn(vectors, term.columns, generator=torch.Generator().manual_seed(halves)).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in native.available():
+            patch.setenv("FEWBITS_FORCE_ISA", name)
+            error, limit = errors(term, inputs, in_lines=True)
+            assert bool((error <= limit).all()), name
+
+
+def test_every_byte_in_lines_means_what_the_definition_says(isa):
+    term = Ternary(torch.arange(256, dtype=torch.uint8).repeat(16, 1).roll(3, 0), None, 16, 1280, 1280)
+    inputs = torch.eye(1280)
+    for first in range(0, 1280, 32):
+        assert torch.equal(Lines.lay(term).matmul(inputs[first : first + 32]), term.define().T[first : first + 32])
+    assert torch.equal(Lines.lay(term).decode(), term.define())
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_fewer_digits_of_inputs_keep_their_own_limit_in_lines(isa, digits, monkeypatch):
+    monkeypatch.setenv("FEWBITS_INPUT_DIGITS", str(digits))
+    term, generator = ternary(64, 1100, 128), torch.Generator().manual_seed(1)
+    for inputs in (torch.randn(3, 1100, generator=generator), torch.rand(2, 1100, generator=generator) + 0.5):
+        for some in (inputs, inputs[:1]):
+            error, _ = errors(term, some, in_lines=True)
+            reach = some.double().abs().amax(-1, keepdim=True) * term.define(torch.float64).abs().amax(1)
+            assert bool((error <= DIGITS_LIMIT[digits] * 1100**0.5 * reach).all())
+
+
+def test_lines_of_inputs_far_apart_and_not_finite(isa):
+    term, inputs = ternary(64, 520, 128), torch.randn(5, 520, generator=torch.Generator().manual_seed(2))
+    inputs[0, 77] = 3e4
+    inputs[1] *= 1e-30
+    inputs[2] *= 1e30
+    error, limit = errors(term, inputs[:3], in_lines=True)
+    assert bool((error <= limit).all())
+    inputs[3, 5], inputs[4, 300] = torch.inf, torch.nan
+    found = Lines.lay(term).matmul(inputs)
+    assert not torch.isfinite(found[3:]).any() and torch.isfinite(found[:3]).all()
+
+
+def test_lines_do_not_depend_on_the_number_of_threads(isa, on_threads):
+    term, inputs = Lines.lay(ternary(304, 640, 64)), torch.randn(3, 640, generator=torch.Generator().manual_seed(3))
+    found = on_threads(lambda: term.matmul(inputs))
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_rows_of_odd_bytes_and_groups_of_few_columns_stay_by_rows(isa):
+    assert not may_lie_in_lines(ternary(16, 515, None)) and not may_lie_in_lines(ternary(16, 640, 8))

@@ -13,10 +13,10 @@ from fewbits.formats.additive import Additive
 from fewbits.formats.coded import Coded
 from fewbits.kernels import native
 from fewbits.kernels.blocks import transpose_blocks, whole_numbers
-from fewbits.kernels.layout import Description, in_lines
+from fewbits.kernels.layout import BASE_THREE, Description, in_lines
 
 ROWS = 16  # that lie together
-_WORD = 4  # bytes of a row's codes that lie together
+_WORD = 4  # bytes of a row's codes that lie together; of ternary ones two, where rows are not of whole words
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ def may_lie_in_lines(term: Term) -> bool:
         return False
     rows, _ = term.shape
     codes = found.tensors[0]
-    fits = len(codes) == rows and rows % ROWS == 0 and codes.shape[1] % _WORD == 0
+    fits = len(codes) == rows and rows % ROWS == 0 and codes.shape[1] % _word(found) == 0
     return fits and native.reads_lines(found.tensors, in_lines(found).layout)
 
 
@@ -119,8 +119,13 @@ def _laid(term: Coded) -> dict[str, int]:
     for field in fields(term):
         tensor = getattr(term, field.name)
         if isinstance(tensor, Tensor) and len(tensor) == term.shape[0]:
-            laid[field.name] = _WORD if tensor is found.tensors[0] else tensor.element_size()
+            laid[field.name] = _word(found) if tensor is found.tensors[0] else tensor.element_size()
     return laid
+
+
+def _word(matrix: Description) -> int:
+    """Bytes of a row's codes that lie together, as `word_of` in csrc/matrix.h."""
+    return _WORD // 2 if matrix.layout[2] == BASE_THREE and matrix.tensors[0].shape[1] % _WORD else _WORD
 
 
 def _with(term: Coded, change: Callable[[Tensor, int], Tensor]) -> Coded:
