@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "decoder_bindings.h"
 #include "feedback_job.h"
+#include "gram_job.h"
 #include "kmeans.h"
 #include "panels.h"
 #include "reader.h"
@@ -160,6 +161,22 @@ void feed_back(const std::string& isa, const std::vector<int64_t>& sizes, const 
   fewbits::feed_back(kernels, job, threads);
 }
 
+// `sizes`: tokens, features and type of the inputs; buffers are inputs and sums. False where nothing was done: no kernel serves.
+bool add_products(const std::string& isa, const std::vector<int64_t>& sizes, const std::vector<uint64_t>& buffers, int threads) {
+  Reader reader(sizes, buffers);
+  fewbits::Gram job{};
+  job.tokens = reader.next(0, largest);
+  job.features = reader.next(1, int64_t{1} << 24);
+  job.number = to_number(reader.next(0, 2));
+  require(job.tokens <= largest / job.features, "there are too many tokens");
+  job.inputs = reader.next_buffer(job.tokens * job.features * size_of(job.number));
+  job.sums = static_cast<float*>(const_cast<void*>(reader.next_buffer(job.features * job.features * 4)));
+  reader.finish();
+  const fewbits::Kernels& kernels = fewbits::find_kernels(isa);
+  nb::gil_scoped_release released;
+  return fewbits::add_products(kernels, job, threads);
+}
+
 // `sizes`: vectors, features, type of the numbers, order of the seed, and whether the signs come last. Buffers are inputs, outputs, signs
 // of one bit a feature and the seed; signs may be none, and the seed of order 1.
 void rotate(const std::string& isa, const std::vector<int64_t>& sizes, const std::vector<uint64_t>& buffers, int threads) {
@@ -252,6 +269,8 @@ NB_MODULE(_native, module) {
   module.def("bring_in", &bring_in, nb::arg("address"), nb::arg("bytes"), "Brings mapped memory in at once; whether its file reaches that far.");
   module.def("feed_back", &feed_back, nb::arg("isa"), nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"),
              "Rounds columns one after another and moves each one's error into those after it.");
+  module.def("add_products", &add_products, nb::arg("isa"), nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"),
+             "Adds inputs^T inputs to sums, on and above the diagonal; whether a kernel serves.");
   module.def("rotate", &rotate, nb::arg("isa"), nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"),
              "Vectors times a Hadamard matrix, with signs or without.");
   module.def("reorder", &reorder, nb::arg("sizes"), nb::arg("buffers"), nb::arg("threads"), "Features of vectors in another order.");

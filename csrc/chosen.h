@@ -3,6 +3,7 @@
 #pragma once
 #include "additions.h"
 #include "feedback.h"
+#include "gram.h"
 #include "kernels.h"
 #include "mixed_groups.h"
 #include "rotation.h"
@@ -156,14 +157,20 @@ static void make_part(const Product& product, int64_t part, float* room) {
 static bool reads_lines(const Coded& w) { return lines::serves(w) || sum_lines::serves(w, 1) || word_tables::serves(w, 1); }
 #endif
 
+static const GramKernels* find_gram(Number number) {
+  static constexpr GramKernels made = gram::make_kernels<gram::Floats32>();
+  return number == Number::f32 ? &made : nullptr;
+}
+
 }  // namespace chosen
 
-constexpr Kernels make_kernels(const char* name, const Panels* (*panels)(const Product&) = nullptr) {
+constexpr Kernels make_kernels(const char* name, const Panels* (*panels)(const Product&) = nullptr,
+                               const GramKernels* (*gram)(Number) = chosen::find_gram) {
   Kernels made{};
   made.name = name, made.panels = panels;
   made.prepared_floats = chosen::prepared_floats, made.prepare = chosen::prepare, made.padded_vectors = padded_vectors;
   made.scratch_floats = chosen::scratch_floats, made.multiply = chosen::multiply, made.decode = decode;
-  made.feed_back = feed_back, made.rotate = rotate;
+  made.feed_back = feed_back, made.rotate = rotate, made.gram = gram;
 #ifdef FEWBITS_LINES
   made.parts = chosen::parts, made.make_part = chosen::make_part, made.reads_lines = chosen::reads_lines;
 #endif

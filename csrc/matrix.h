@@ -127,6 +127,7 @@ struct Product {
 struct FeedBack;  // feedback_job.h
 struct Rotation;  // rotation_job.h
 struct Panels;    // panels.h
+struct GramKernels;  // gram_job.h
 
 // What one instruction set offers. Every function works on a range and on memory it is handed, so that threads share nothing.
 struct Kernels {
@@ -143,6 +144,7 @@ struct Kernels {
   void (*rotate)(const Rotation&, int64_t vector, float* scratch);  // which has room for two vectors
   const Panels* (*panels)(const Product&);                          // of many vectors; nullptr where there are none for such a one
   bool (*reads_lines)(const Coded&);                                // as they are, what lies in lines; nullptr where nothing does
+  const GramKernels* (*gram)(Number);                               // for inputs of a type; nullptr where there are none
 };
 
 constexpr int64_t feedback_rows = 32;

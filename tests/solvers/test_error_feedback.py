@@ -4,7 +4,7 @@ import torch
 from fewbits.core.errors import InputError, NumericsError
 from fewbits.formats.ranges import fit_uniform, round_codes
 from fewbits.kernels import native
-from fewbits.solvers.error_feedback import Run, error_feedback, factorize
+from fewbits.solvers.error_feedback import Run, _inverse_factor, error_feedback, factorize
 
 
 def problem(rows=6, columns=40, seed=0):
@@ -80,6 +80,28 @@ def test_a_factor_of_another_size_is_refused():
     weight, hessian = problem()
     with pytest.raises(InputError, match="do not fit a weight of 12 columns"):
         error_feedback(weight[:, :12], factorize(hessian), to_grid)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 40, 256, 257, 700])
+def test_the_factor_is_that_of_the_inverse_and_lies_where_the_matrix_lay(columns):
+    _, hessian = problem(columns=columns)
+    hessian += 1e-3 * hessian.diagonal().mean() * torch.eye(columns)
+    matrix = hessian.clone()
+    upper = _inverse_factor(matrix)
+    assert upper.data_ptr() == matrix.data_ptr() and upper.is_contiguous()
+    assert torch.equal(upper, upper.triu()) and bool((upper.diagonal() > 0).all())
+    torch.testing.assert_close(upper.T @ upper @ hessian, torch.eye(columns).double(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(upper, torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True), rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+def test_a_uniform_grid_is_rounded_by_a_kernel(monkeypatch):
+    monkeypatch.delenv("FEWBITS_FORCE_ISA", raising=False)
+    monkeypatch.setattr("fewbits.solvers.error_feedback._round_columns", None)
+    weight, hessian = problem(columns=64)
+    grid = Grid(weight.float(), bits=3, group=16)
+    rounded, _ = error_feedback(weight.float(), factorize(hessian, dtype=torch.float32), grid, fresh_every=16)
+    assert bool(torch.isfinite(rounded).all())
 
 
 @pytest.mark.skipif(not native.available(), reason="the native kernels were not built")

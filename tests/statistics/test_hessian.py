@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fewbits.core.errors import InputError, NumericsError
+from fewbits.kernels import native
 from fewbits.statistics.hessian import Hessian
 
 
@@ -32,3 +33,38 @@ def test_bad_inputs_are_refused():
         Hessian(2).update(torch.tensor([[1.0, float("nan")]]))
     with pytest.raises(InputError, match=r"\[tokens, 2\] would"):
         Hessian(2).update(torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("isa", [*native.available(), "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "features"), [(1, 1), (77, 5), (301, 33), (2100, 128), (1300, 300)])
+def test_every_kernel_sums_what_float64_does(monkeypatch, isa, dtype, tokens, features):
+    monkeypatch.setenv("FEWBITS_FORCE_ISA", isa)
+    inputs = torch.randn(tokens, features, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    hessian = Hessian(features)
+    hessian.update(inputs[: tokens // 3]), hessian.update(inputs[tokens // 3 :])
+    exact, reach = inputs.double().T @ inputs.double(), inputs.double().abs().T @ inputs.double().abs()
+    assert float(((hessian.matrix.double() * tokens / 2 - exact).abs() / reach).max()) < 1e-6
+    assert torch.equal(hessian.matrix, hessian.matrix.T)
+
+
+@pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+@pytest.mark.parametrize("isa", native.available())
+def test_threads_change_nothing_and_a_kernel_serves(monkeypatch, isa):
+    monkeypatch.setenv("FEWBITS_FORCE_ISA", isa)
+    inputs, before, found = torch.randn(700, 200, generator=torch.Generator().manual_seed(0)), torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(torch.zeros(200, 200))
+        assert native.add_products(inputs, found[-1])
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+    assert not native.add_products(inputs.T, torch.zeros(700, 700)) and not native.add_products(inputs.double(), torch.zeros(200, 200))
+
+
+def test_a_sum_that_overflows_is_not_taken_for_a_number_that_does():
+    hessian = Hessian(3)
+    hessian.update(torch.full((40, 3), 60000.0, dtype=torch.float16))
+    assert hessian.matrix[0, 1] == pytest.approx(2 * 59_999.0**2, rel=1e-3)
+    with pytest.raises(NumericsError, match="not finite"):
+        hessian.update(torch.full((40, 3), float("inf"), dtype=torch.float16))

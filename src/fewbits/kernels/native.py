@@ -221,6 +221,24 @@ def feed_back(
     return True
 
 
+def add_products(inputs: Tensor, sums: Tensor) -> bool:
+    """sums += inputs^T inputs for `inputs [tokens, features]` and float32 `sums [features, features]`, on and above the diagonal.
+
+    Some of what lies below it is written over. False, and nothing done, where no kernel serves their dtypes or devices.
+    """
+    isa, number = None if _extension is None else chosen(), _NUMBERS.get(inputs.dtype)
+    held = (inputs, sums)
+    if (
+        isa is None
+        or number is None
+        or sums.dtype != torch.float32
+        or any(one.device.type != "cpu" or not one.is_contiguous() for one in held)
+    ):
+        return False
+    assert _extension is not None
+    return bool(_extension.add_products(isa, (*inputs.shape, number), buffers(held), torch.get_num_threads()))
+
+
 class Rooms:
     """Memory for tensors on the CPU that kernels read fast: large pages, tensors one after another in a piece that they share.
 

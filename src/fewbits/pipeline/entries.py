@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fewbits.core.errors import BrokenModelError, NumericsError
@@ -14,13 +13,14 @@ from fewbits.layers.linear import StoredLinear
 from fewbits.models.adapter import Adapter, weight_matrix
 from fewbits.pipeline.feed import Progress
 from fewbits.pipeline.plan import Plan
+from fewbits.statistics.checks import is_finite
 
 
 def checked_linears(adapter: Adapter, block: str, plan: Plan) -> dict[str, nn.Module]:
     """The linears of a loaded block that the plan compresses. Raises BrokenModelError where a weight is not finite."""
     linears = {name: linear for name, linear in adapter.linears(block).items() if plan.keeps(name) is None}
     for layer, linear in linears.items():
-        if not bool(torch.isfinite(weight_matrix(linear)).all()):
+        if not is_finite(weight_matrix(linear)):
             raise BrokenModelError(f"{layer}: the weight is not finite; the model file is broken")
     return linears
 
@@ -34,7 +34,7 @@ def layer_entry(name: str, weight: Tensor, stored: StoredLinear, moment: Tensor 
     says which.
     """
     difference = weight - stored.weight.decode()
-    if not bool(torch.isfinite(difference).all()):
+    if not is_finite(difference):
         raise NumericsError(f"{name}: the compressed weight is not finite")
     lost, whole = (_energy(matrix, moment) for matrix in (difference, weight))
     error = {"relative_error": lost / max(whole, 1e-30), "error_of": "weights" if moment is None else "outputs"}
@@ -66,7 +66,18 @@ def report(progress: Progress | None, index: int, blocks: int, entries: Mapping[
 
 
 def _energy(matrix: Tensor, moment: Tensor | None) -> float:
-    return float(matrix.square().sum() if moment is None else ((matrix @ moment) * matrix).sum())
+    """The sum of squares, or trace(matrix moment matrix^T) for `matrix [out, in]` and a symmetric `moment [in, in]`."""
+    if moment is None:
+        return float(matrix.square().sum())
+    columns, found = len(moment), 0.0
+    step = max(128, -(-columns // 16))
+    for start in range(0, columns, step):  # what lies on one side of the diagonal's blocks counts twice
+        part, inside = matrix[:, start : start + step], moment[start : start + step, start : start + step]
+        product = part @ inside
+        if start:
+            product.addmm_(matrix[:, :start], moment[:start, start : start + step], alpha=2)
+        found += float((product * part).sum())
+    return found
 
 
 def _matrix(accumulator: Accumulator) -> Tensor | None:

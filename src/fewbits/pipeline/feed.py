@@ -16,6 +16,7 @@ from fewbits.models.experts import mark_padding
 from fewbits.models.source import ModelSource
 from fewbits.pipeline.capture import BlockCall, Capture
 from fewbits.pipeline.store import Store
+from fewbits.statistics.checks import is_finite
 
 Progress = Callable[[int, int, str, float, float], None]  # block, blocks, what was done, its error, seconds left
 
@@ -74,7 +75,7 @@ class Feed:
         capture = Capture(self.shell, self.source, self._every, self.options.dtype)
         for tokens, mask in self.batches():
             hidden, called = capture.run(tokens, None if mask is None else mask.long())
-            if not bool(torch.isfinite(hidden).all()):
+            if not is_finite(hidden):
                 raise BrokenModelError("the model's embeddings are not finite; the model file is broken")
             for name in self.blocks:
                 self.calls[name].append(called[name])
@@ -124,6 +125,6 @@ class Feed:
 def finite(name: str, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """The same batches. Raises NumericsError with the block's name where one is not finite."""
     for batch in batches:
-        if not bool(torch.isfinite(batch).all()):
+        if not is_finite(batch):
             raise NumericsError(f"{name}: the block's outputs are not finite after compression")
         yield batch

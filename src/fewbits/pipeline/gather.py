@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,10 @@ from fewbits.core.errors import InputError
 from fewbits.core.method import Accumulator, Statistics
 from fewbits.models.adapter import weight_matrix
 from fewbits.pipeline.feed import Feed
+
+
+class _AllHeard(Exception):
+    """Ends a forward when the last group's inputs have come: what follows is not needed."""
 
 
 class SharedInputs:
@@ -26,6 +32,8 @@ class SharedInputs:
         # One tensor is told from a later one at the same place in memory by being alive still.
         self._seen: list[tuple[weakref.ref[Tensor], list[str]]] = []
         self._statistics: dict[str, Statistics] = {}
+        self._calls = 0  # of linears, in the first batch
+        self._awaited: set[str] | None = None  # first readers that a forward which may end early has not come to yet
         self._hooks = [linear.register_forward_pre_hook(self._first(name)) for name, linear in linears.items()]
 
     def settle(self) -> None:
@@ -34,11 +42,22 @@ class SharedInputs:
         Linears that were not called, as experts that no token was sent to, become groups of their own.
         """
         called = {name for names in self._groups() for name in names}
+        self._once = len(called) == self._calls == len(self.linears)
         self._seen += [(weakref.ref(torch.empty(0)), [name]) for name in self.linears if name not in called]
         self._remove_hooks()
         for names in self._groups():
             self._statistics.setdefault(names[0], self._empty(names[0]))
             self._hooks.append(self.linears[names[0]].register_forward_pre_hook(self._listen(names[0])))
+
+    def hear(self, forward: Callable[[], Tensor]) -> None:
+        """Runs `forward` once the groups are known, for what is heard alone: no further than the last group's first reader.
+
+        Where a linear was not called exactly once in the first batch, nobody knows which call is the last, and it runs to its end.
+        """
+        self._awaited = {names[0] for names in self._groups()} if self._once else None
+        with contextlib.suppress(_AllHeard):
+            forward()
+        self._awaited = None
 
     def close(self) -> dict[tuple[str, ...], Statistics]:
         """Groups of names, in the order of their first call, with what was gathered."""
@@ -50,6 +69,7 @@ class SharedInputs:
 
     def _first(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._calls += 1
             for seen, names in self._seen:
                 alive = seen()
                 if alive is not None and _same(alive, inputs[0]):
@@ -62,7 +82,14 @@ class SharedInputs:
         return hook
 
     def _listen(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: self._add(name, inputs[0])
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._add(name, inputs[0])
+            if self._awaited is not None:
+                self._awaited.discard(name)
+                if not self._awaited:
+                    raise _AllHeard
+
+        return hook
 
     def _add(self, name: str, inputs: Tensor) -> None:
         tokens, weights = inputs.flatten(0, -2), None
@@ -111,9 +138,13 @@ def gather_inputs(
     outputs = []
     for number, batch in enumerate(hidden.split(feed.options.batch_size)):
         groups.mask = feed.batch_mask(number)
-        output = feed.run(blocks, batch, number)
+        run = partial(feed.run, blocks, batch, number)
+        if keep:
+            outputs.append(run())
+        elif number:
+            groups.hear(run)
+        else:
+            run()
         if number == 0:
             groups.settle()
-        if keep:
-            outputs.append(output)
     return outputs, groups.close()

@@ -5,18 +5,17 @@ Source: arXiv 2210.17323, algorithm 1; notation as there: W rows are outputs, E 
 """
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
-from scipy.linalg import lapack
 from torch import Tensor
 
 from fewbits.core.errors import InputError, NumericsError
 from fewbits.kernels import native
+from fewbits.statistics.checks import is_finite
 
 Quantizer = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -42,6 +41,8 @@ class UniformGrid(Protocol):
 
 _log = logging.getLogger(__name__)
 _RETRIES = 4
+_INVERTED = 256  # columns of a triangle that are inverted together
+_REVERSED = 1 << 20  # numbers that change places together
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def factorize(hessian: Tensor, damping: float = 0.01, dtype: torch.dtype = torch
     It is computed in float64 and kept in `dtype`. Adds damping * mean(diagonal); a failed factorization is tried again with
     ten times the damping, which is logged. Raises NumericsError where the matrix is not finite or no damping helped.
     """
-    if not _is_finite(hessian):
+    if not is_finite(hessian):
         raise NumericsError("the Hessian is not finite; the layer's inputs overflowed")
     dead = hessian.diagonal() == 0
     for attempt in range(_RETRIES):
@@ -90,25 +91,47 @@ def factorize_ordered(hessian: Tensor, damping: float, by_strength: bool, dtype:
 
 
 def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """U with matrix^-1 = U^T U, in the memory of the symmetric `matrix` (float64); None where there is none.
+    """U with matrix^-1 = U^T U, in the memory of the symmetric, contiguous `matrix` (float64); None where there is none.
 
-    LAPACK works where the matrix lies: one of these is the largest thing in memory.
+    With rows and columns in reverse the matrix is L L^T, and L^-1, put back in order, is U: one factorization and one inversion
+    of a triangle, all where the matrix lies: one of these is the largest thing in memory.
     """
-    turned = matrix.cpu().numpy().T  # LAPACK counts by columns
-    turned, failed = lapack.dpotrf(turned, lower=0, clean=0, overwrite_a=1)
-    if not failed:
-        turned, failed = lapack.dpotri(turned, lower=0, overwrite_c=1)
-    if not failed:
-        turned, failed = lapack.dpotrf(turned, lower=0, clean=1, overwrite_a=1)
-    if failed:
+    _reverse(matrix)
+    turned = matrix.T  # LAPACK counts by columns
+    _, failed = torch.linalg.cholesky_ex(turned, upper=True, out=(turned, torch.empty((), dtype=torch.int32, device=matrix.device)))
+    if bool(failed):
         return None
-    factor = torch.from_numpy(turned).to(matrix.device)
-    return factor if _is_finite(factor) else None
+    _invert_lower(matrix)
+    _reverse(matrix)
+    return matrix if is_finite(matrix) else None
 
 
-def _is_finite(matrix: Tensor) -> bool:
-    """Without a second matrix in memory: a sum with one bad term is bad."""
-    return math.isfinite(float(matrix.sum(dtype=torch.float64)))
+def _invert_lower(matrix: Tensor) -> None:
+    """The inverse of a lower triangular matrix in its place: blocks of columns from the last one on, of each its rows from below.
+
+    What lies under a block D of the diagonal, P, becomes -M P D^-1 with M the inverse of all that follows.
+    """
+    size = len(matrix)
+    for start in reversed(range(0, size, _INVERTED)):
+        end = min(start + _INVERTED, size)
+        block = matrix[start:end, start:end]
+        block.copy_(torch.linalg.solve_triangular(block, torch.eye(end - start, dtype=matrix.dtype, device=matrix.device), upper=False))
+        panel = matrix[end:, start:end] @ block
+        for row in range(end, size, _INVERTED):
+            below = min(row + _INVERTED, size)
+            matrix[row:below, start:end] = (matrix[row:below, end:below] @ panel[: below - end]).neg_()
+
+
+def _reverse(matrix: Tensor) -> None:
+    """Rows and columns of a contiguous matrix in reverse, in its place."""
+    flat = matrix.view(-1)
+    half, size = len(flat) // 2, len(flat)
+    for start in range(0, half, _REVERSED):
+        end = min(start + _REVERSED, half)
+        first, last = flat[start:end], flat[size - end : size - start]
+        kept = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(kept)
 
 
 def _damped(hessian: Tensor, dead: Tensor, damping: float) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fewbits.core.method import Accumulator
+from fewbits.kernels import native
 from fewbits.statistics.checks import checked_tokens
 
 
@@ -27,13 +28,9 @@ class Hessian(Accumulator):
         if inputs.dtype == torch.float64:
             self._sums = self._sums.double()
         sums = self._totals()
-        inputs = checked_tokens(inputs, self.features).to(sums.dtype)
-        weighted = inputs if weights is None else inputs * weights.to(inputs.dtype)[:, None]
-        # The matrix is symmetric: only blocks on and above its diagonal are computed.
-        step = max(128, -(-self.features // 8))
-        for start in range(0, self.features, step):
-            end = start + step
-            sums[start:end, start:].addmm_(weighted[:, start:end].T, inputs[:, start:])
+        inputs = checked_tokens(inputs, self.features)
+        if weights is not None or not native.add_products(inputs, sums):
+            _add_products(inputs.to(sums.dtype), weights, sums)
         self.count += len(inputs) if weights is None else float(weights.sum())
 
     def merge(self, other: Self) -> None:
@@ -62,3 +59,14 @@ class Hessian(Accumulator):
             self._sums.div_(self._scale)
             self._scale = None
         return self._sums
+
+
+def _add_products(inputs: Tensor, weights: Tensor | None, sums: Tensor) -> None:
+    """sums += inputs^T diag(weights) inputs in blocks on and above the diagonal; all in the dtype of `sums`."""
+    if weights is None and native.add_products(inputs, sums):
+        return
+    weighted = inputs if weights is None else inputs * weights.to(inputs.dtype)[:, None]
+    step = max(128, -(-len(sums) // 8))
+    for start in range(0, len(sums), step):
+        end = start + step
+        sums[start:end, start:].addmm_(weighted[:, start:end].T, inputs[:, start:])

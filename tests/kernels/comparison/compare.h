@@ -11,7 +11,7 @@ void begin(const std::string& where);
 
 // What has been looked at, and what was wrong.
 struct Count {
-  int64_t products = 0, decoded = 0, attended = 0, rotated = 0, fed_back = 0, wrong = 0;
+  int64_t products = 0, decoded = 0, attended = 0, rotated = 0, fed_back = 0, summed = 0, wrong = 0;
   double closest = 0.0;  // of all: the largest part of its limit that a difference took
   // Says so where a difference is above its limit, or is no number.
   void look(double difference, double limit, const std::string& where);
@@ -21,5 +21,6 @@ void compare_products(const fewbits::Kernels& kernels, Count& count);
 void compare_attention(const std::string& isa, Count& count);
 void compare_rotations(const fewbits::Kernels& kernels, Count& count);
 void compare_feedback(const fewbits::Kernels& kernels, Count& count);
+void compare_sums_of_products(const fewbits::Kernels& kernels, Count& count);
 
 }  // namespace comparison

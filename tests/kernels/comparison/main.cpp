@@ -51,9 +51,10 @@ int main(int count, char** given) {
     comparison::compare_attention(kernels->name, of);
     comparison::compare_rotations(*kernels, of);
     comparison::compare_feedback(*kernels, of);
-    std::printf("%s: %ld products, %ld decoded, %ld attended, %ld rotated, %ld fed back; at most %.2f of a limit; %ld wrong\n", kernels->name,
+    comparison::compare_sums_of_products(*kernels, of);
+    std::printf("%s: %ld products, %ld decoded, %ld attended, %ld rotated, %ld fed back, %ld summed; at most %.2f of a limit; %ld wrong\n", kernels->name,
                 static_cast<long>(of.products), static_cast<long>(of.decoded), static_cast<long>(of.attended), static_cast<long>(of.rotated),
-                static_cast<long>(of.fed_back), of.closest, static_cast<long>(of.wrong));
+                static_cast<long>(of.fed_back), static_cast<long>(of.summed), of.closest, static_cast<long>(of.wrong));
     std::fflush(stdout);
     all.wrong += of.wrong;
   }

@@ -1,9 +1,10 @@
-// Rotations by Hadamard matrices and the column loop of error feedback, against sums of float64.
+// Rotations by Hadamard matrices, the column loop of error feedback and sums of products of features, against sums of float64.
 #include <algorithm>
 #include <cmath>
 
 #include "compare.h"
 #include "feedback_job.h"
+#include "gram_job.h"
 #include "memory.h"
 
 namespace comparison {
@@ -108,6 +109,34 @@ void compare_feedback(const fewbits::Kernels& kernels, Count& count) {
       for (int64_t j = first; j < end; ++j) compare_column(job, before, j, kernels.name, count);
       for (int64_t i = end * rows; i < columns * rows; ++i) count.look(current[i] - before[static_cast<size_t>(i)], 0.0, "a column behind the end");
       ++count.fed_back;
+    }
+  }
+}
+
+void compare_sums_of_products(const fewbits::Kernels& kernels, Count& count) {
+  Random random(41);
+  for (const Number number : {Number::f32, Number::bf16}) {
+    for (const int64_t features : {1, 7, 32, 70, 300}) {
+      const int64_t tokens = features == 70 ? 2100 : 1 + random.below(300);
+      Memory memory;
+      uint8_t* inputs = memory.take<uint8_t>(tokens * features * size_of(number));
+      float* sums = memory.take<float>(features * features);
+      for (int64_t i = 0; i < tokens * features; ++i) put_number(inputs, i, number, random.between(-1, 1));
+      for (int64_t i = 0; i < features * features; ++i) sums[i] = static_cast<float>(i % 5);
+      const std::string name = std::string(kernels.name) + " sums " + std::to_string(features) + " features";
+      begin(name);
+      if (!fewbits::add_products(kernels, {inputs, sums, tokens, features, number}, 2)) continue;
+      for (int64_t i = 0; i < features; ++i) {
+        for (int64_t j = i; j < features; ++j) {
+          double expected = static_cast<double>((i * features + j) % 5), reach = expected;
+          for (int64_t t = 0; t < tokens; ++t) {
+            const double part = number_at(inputs, t * features + i, number) * number_at(inputs, t * features + j, number);
+            expected += part, reach += std::fabs(part);
+          }
+          count.look(sums[i * features + j] - expected, 1e-6 * reach, name);
+        }
+      }
+      ++count.summed;
     }
   }
 }
