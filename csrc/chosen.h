@@ -13,7 +13,10 @@
 #include "fixed.h"
 #include "ternary.h"
 #endif
-#ifdef FEWBITS_LINES
+#ifdef FEWBITS_LINES  // where an instruction set has products of codes in lines
+#include FEWBITS_LINES
+#endif
+#ifdef FEWBITS_TABLES  // and of what is looked up in tables
 #include "avx512vnni/sum_lines.h"
 #include "avx512vnni/words.h"
 #endif
@@ -24,15 +27,17 @@ namespace chosen {
 
 static int64_t prepared_floats(const Product& product) {
   const Coded& w = *product.matrix;
-#ifdef FEWBITS_LINES
+#ifdef FEWBITS_TABLES
   if (word_tables::serves(w, product.vectors)) return word_tables::prepared_floats(product);
 #endif
   if (w.form == Coded::vectors) return vectors::prepared_floats(product);
   if (w.form == Coded::signed_product) return signed_product::prepared_floats(product);
   if (w.form == Coded::mixed) return mixed_groups::prepared_floats(product);
   if (w.form != Coded::packed) return additions::prepared_floats(product);
-#ifdef FEWBITS_LINES
+#ifdef FEWBITS_TABLES
   if (sum_lines::serves(w, product.vectors)) return sum_lines::prepared_floats(product);
+#endif
+#ifdef FEWBITS_LINES
   if (lines::serves(w)) return lines::prepared_floats(product);
 #endif
 #ifdef FEWBITS_FIXED
@@ -45,15 +50,17 @@ static int64_t prepared_floats(const Product& product) {
 
 static void prepare(const Product& product, int64_t vector, float* room) {
   const Coded& w = *product.matrix;
-#ifdef FEWBITS_LINES
+#ifdef FEWBITS_TABLES
   if (word_tables::serves(w, product.vectors)) return word_tables::prepare(product, vector, room);
 #endif
   if (w.form == Coded::vectors) return vectors::prepare(product, vector, room);
   if (w.form == Coded::signed_product) return signed_product::prepare(product, vector, room);
   if (w.form == Coded::mixed) return mixed_groups::prepare(product, vector, room);
   if (w.form != Coded::packed) return additions::prepare(product, vector, room);
-#ifdef FEWBITS_LINES
+#ifdef FEWBITS_TABLES
   if (sum_lines::serves(w, product.vectors)) return sum_lines::prepare(product, vector, room);
+#endif
+#ifdef FEWBITS_LINES
   if (lines::serves(w)) return lines::prepare(product, vector, room);
 #endif
 #ifdef FEWBITS_FIXED
@@ -77,8 +84,10 @@ static int64_t scratch_floats(const Coded& w, int64_t vectors) {
   if (w.form == Coded::mixed) return mixed_groups::scratch_floats(w);
   if (w.form != Coded::packed) return additions::scratch_floats(w);
   const int64_t floats = FEWBITS_ISA::scratch_floats(w, vectors) + bytes_of_lines(w) / 4;
-#ifdef FEWBITS_LINES
+#ifdef FEWBITS_TABLES
   if (sum_lines::serves(w, vectors)) return floats + sum_lines::scratch_floats(w);
+#endif
+#ifdef FEWBITS_LINES
   if (lines::serves(w)) return floats + lines::scratch_floats(w);
 #endif
 #ifdef FEWBITS_FIXED
@@ -121,15 +130,17 @@ static void multiply_from_lines(const Product& product, const float* prepared, i
 
 static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
   const Coded& w = *product.matrix;
-#ifdef FEWBITS_LINES
+#ifdef FEWBITS_TABLES
   if (word_tables::serves(w, product.vectors)) return word_tables::multiply(product, prepared, first, last, scratch);
 #endif
   if (w.form == Coded::vectors) return vectors::multiply(product, prepared, first, last, scratch);
   if (w.form == Coded::signed_product) return signed_product::multiply(product, prepared, first, last, scratch);
   if (w.form == Coded::mixed) return mixed_groups::multiply(product, prepared, first, last, scratch);
   if (w.form != Coded::packed) return additions::multiply(product, prepared, first, last, scratch);
-#ifdef FEWBITS_LINES
+#ifdef FEWBITS_TABLES
   if (sum_lines::serves(w, product.vectors)) return sum_lines::multiply(product, prepared, first, last, scratch);
+#endif
+#ifdef FEWBITS_LINES
   if (lines::serves(w)) return lines::multiply(product, prepared, first, last, scratch);
 #endif
   if (w.lines) return multiply_from_lines(product, prepared, first, last, scratch);
@@ -143,7 +154,7 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
   FEWBITS_ISA::multiply(product, prepared, first, last, scratch);
 }
 
-#ifdef FEWBITS_LINES
+#ifdef FEWBITS_TABLES
 static int64_t parts(const Product& product) {
   const Coded& w = *product.matrix;
   return word_tables::serves(w, product.vectors) ? word_tables::parts(product) : sum_lines::serves(w, product.vectors) ? sum_lines::parts(product) : 0;
@@ -153,8 +164,15 @@ static void make_part(const Product& product, int64_t part, float* room) {
   const auto make = product.matrix->form == Coded::vectors ? word_tables::make_part : sum_lines::make_part;
   make(product, part, room);
 }
+#endif
 
-static bool reads_lines(const Coded& w) { return lines::serves(w) || sum_lines::serves(w, 1) || word_tables::serves(w, 1); }
+#ifdef FEWBITS_LINES
+static bool reads_lines(const Coded& w) {
+#ifdef FEWBITS_TABLES
+  if (sum_lines::serves(w, 1) || word_tables::serves(w, 1)) return true;
+#endif
+  return lines::serves(w);
+}
 #endif
 
 static const GramKernels* find_gram(Number number) {
@@ -171,8 +189,11 @@ constexpr Kernels make_kernels(const char* name, const Panels* (*panels)(const P
   made.prepared_floats = chosen::prepared_floats, made.prepare = chosen::prepare, made.padded_vectors = padded_vectors;
   made.scratch_floats = chosen::scratch_floats, made.multiply = chosen::multiply, made.decode = decode;
   made.feed_back = feed_back, made.rotate = rotate, made.gram = gram;
+#ifdef FEWBITS_TABLES
+  made.parts = chosen::parts, made.make_part = chosen::make_part;
+#endif
 #ifdef FEWBITS_LINES
-  made.parts = chosen::parts, made.make_part = chosen::make_part, made.reads_lines = chosen::reads_lines;
+  made.reads_lines = chosen::reads_lines;
 #endif
   return made;
 }

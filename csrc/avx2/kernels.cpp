@@ -4,6 +4,7 @@
 #include "bytes.h"
 #include "trits.h"
 #define FEWBITS_FIXED
+#define FEWBITS_LINES "avx2/lines.h"
 
 #include "../chosen.h"
 

@@ -1,7 +1,7 @@
 // Sixteen rows of a matrix side by side, a row a lane: codes, scales and zero points column by column. AVX-512 with BW, VL and DQ.
 #pragma once
-#include "../grid.h"
 #include "../panels.h"
+#include "../sixteen.h"
 
 namespace fewbits {
 namespace FEWBITS_ISA {
@@ -59,7 +59,7 @@ static inline __attribute__((always_inline)) void transpose_long(__m512i* all) {
 }
 
 // Words `[16, stride]` to `[count, apart]`, the sixteen at the beginning of each; `count` is a multiple of 16.
-static void transpose_words(const uint32_t* from, int64_t stride, int64_t count, uint32_t* to, int64_t apart = panel_rows) {
+static void transpose_words(const uint32_t* from, int64_t stride, int64_t count, uint32_t* to, int64_t apart) {
   for (int64_t at = 0; at < count; at += 16) {
     __m512i all[16];
 #pragma GCC unroll 16
@@ -79,8 +79,6 @@ struct PanelRows {
   }
 };
 
-static inline int64_t padded_groups(const Coded& w) { return rounded_up(w.groups, 16); }
-
 // The numbers of a group that sixteen rows have, where they lie in lines. Those of groups to come are asked for: by itself a processor fetches
 // up to the end of a page, which numbers of sixteen rows mostly are.
 static inline __attribute__((always_inline)) __m512 sixteen_numbers(const void* data, int64_t group, Number number) {
@@ -98,9 +96,6 @@ static inline __m512 sixteen_codes(const uint8_t* data, int64_t group, int bits)
   if (bit + bits > 8) all = _mm512_or_si512(all, _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16))), 8));
   return _mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(all, static_cast<unsigned>(bit)), _mm512_set1_epi32((1 << bits) - 1)));
 }
-
-// Floats that `read_sixteen` needs.
-static inline int64_t sixteen_room(const Coded& w) { return 16 * (padded_groups(w) + lanes) + decode_floats(w); }
 
 // Whether scales or offsets are codes times units that lanes hold whole runs of, as those of llama.cpp's two-level grids are.
 static bool in_two_levels(const Values& values) {
@@ -139,19 +134,14 @@ static void read_two_levels(const Values& values, const Row& row, float* to, flo
   }
 }
 
-// Scales, zero points or offsets of sixteen rows, `[padded groups, 16]`, a row a lane; `stride` floats from a group to the next.
 template <class Row>
-static void read_sixteen(const Coded& w, const Values& values, const Row& row, float* to, float* room, int64_t stride = 16) {
-  if (in_two_levels(values)) return read_two_levels(values, row, to, room, stride);
-  const int64_t groups = padded_groups(w);
-  for (int64_t r = 0; r < 16; ++r) {
-    read_values(values, w.bits, row(r), room + r * groups, room + 16 * groups);
-    for (int64_t g = w.groups; g < groups; ++g) room[r * groups + g] = 0.0f;
-  }
-  transpose_words(reinterpret_cast<const uint32_t*>(room), groups, groups, reinterpret_cast<uint32_t*>(to), stride);
+static bool read_faster(const Values& values, const Row& row, float* to, float* room, int64_t stride) {
+  if (!in_two_levels(values)) return false;
+  read_two_levels(values, row, to, room, stride);
+  return true;
 }
 
-// The same of numbers that lie in lines; a panel's are `panel_rows` apart.
+// Numbers that lie in lines, as `read_sixteen` brings them there; a panel's are `panel_rows` apart.
 static void read_lines(const Coded& w, const Values& values, int64_t row, float* to) {
   const uint8_t* from = static_cast<const uint8_t*>(values.data) + row / line_rows * line_rows * row_bytes_of(values, w.bits);
   const bool packed = values.kind == Values::packed;

@@ -76,7 +76,7 @@ static void fill_from_rows(const Coded& w, const PanelRows& rows, const Panel& p
       for (int64_t c = w.columns; c < columns; ++c) row[c] = 0.0f;
       Kind::pack(row, columns, packed + r * words);
     }
-    transpose_words(packed, words, words, panel.weights + 16 * half);
+    transpose_words(packed, words, words, panel.weights + 16 * half, panel_rows);
   }
 }
 

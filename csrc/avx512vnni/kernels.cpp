@@ -4,7 +4,8 @@
 #include "bytes.h"
 #include "trits.h"
 #define FEWBITS_FIXED
-#define FEWBITS_LINES
+#define FEWBITS_LINES "avx512vnni/lines.h"
+#define FEWBITS_TABLES
 
 #include "../chosen.h"
 

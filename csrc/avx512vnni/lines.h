@@ -5,65 +5,26 @@
 // Inputs are cut into digits as in fixed.h. A code that is masked but not shifted is the code times a power of two, which its sum keeps to
 // itself until the group's end.
 #pragma once
-#include <optional>
-
 #include "../avx512/columns.h"
+#include "../lines_parts.h"
 
 namespace fewbits {
 namespace FEWBITS_ISA {
 namespace lines {
 
-constexpr int64_t run = 32;            // columns of whole lines, whatever the width of codes: as many lines as a code has bits
 constexpr int64_t longest = 1 << 14;   // columns whose products are summed in 32 bits
-constexpr int64_t most_vectors = 4;    // that share a look at the codes
 constexpr int64_t bytes_ahead = 1 << 14;  // of what is fetched, into the second cache
 constexpr int64_t small_group = 64;     // columns up to which scaling sums takes as long as memory does
 
-static bool serves(const Coded& w) {
-  const bool whole = w.columns % run == 0 && (w.groups == 1 || w.group % run == 0);
-  const bool codes = w.levels.kind == Values::none ? w.bits <= 8 : w.bits <= 6 && w.levels.rows == 1 && w.level_groups == 1;
-  return w.form == Coded::packed && w.lines && codes && whole;
-}
-
-static inline int64_t tiles_of(int64_t vectors) { return ceiling(vectors, most_vectors); }
-static inline int64_t tile_of(int64_t vectors) { return ceiling(vectors, tiles_of(vectors)); }
+static bool serves(const Coded& w) { return fits(w, most_level_bits); }
 
 // ---- inputs ---------------------------------------------------------------------------------------------------------------
 
-// Of a tile's vectors: words of digits [columns / 4, digits, tile], the groups' units and sums [groups, tile]; and room to make them.
-struct Inputs {
-  int64_t tile, words, groups;  // of a tile: vectors, words of digits; of a vector: padded groups
-  int32_t* digits;
-  float *units, *sums, *room;
-
-  Inputs(const Product& product, float* at) {
-    const Coded& w = *product.matrix;
-    const int64_t tiles = tiles_of(product.vectors);
-    tile = tile_of(product.vectors);
-    words = w.columns / 4 * product.digits * tile;
-    groups = padded_groups(w);
-    digits = reinterpret_cast<int32_t*>(at);
-    units = at + tiles * words;
-    sums = units + tiles * tile * groups;
-    room = sums + tiles * tile * groups;
-  }
-};
-
-static int64_t prepared_floats(const Product& product) {
-  const Coded& w = *product.matrix;
-  return tiles_of(product.vectors) * tile_of(product.vectors) * (w.columns / 4 * product.digits + 2 * padded_groups(w) + 2 * w.columns);
-}
-
-// The column of a run that byte `j` of the codes' register `k` holds: of whole codes in bytes, as a mask takes them out of a line.
-static constexpr int column_of(int bits, int k, int j) {
-  if (8 % bits != 0) return 4 * k + j;
-  const int fields = 8 / bits;
-  return k / fields * 4 * fields + j * fields + k % fields;
-}
+static int64_t words_of_four(const Product& product) { return product.digits; }
 
 // Numbers of a run of columns as the digits that meet its codes; `stride` words from one digit of four inputs to the next.
 template <int Digits>
-static void lay_out(const int32_t* numbers, __m256i order, int64_t stride, int32_t* to) {
+static void lay_out_run(const int32_t* numbers, __m256i order, int64_t stride, int32_t* to) {
   const __m512i middle = _mm512_set1_epi32(0x808080);  // of every digit: what makes them signed
   __m512i half[2];
   for (int i = 0; i < 2; ++i) half[i] = _mm512_xor_si512(_mm512_add_epi32(_mm512_loadu_si512(numbers + 16 * i), middle), middle);
@@ -76,100 +37,39 @@ static void lay_out(const int32_t* numbers, __m256i order, int64_t stride, int32
   }
 }
 
-static void prepare(const Product& product, int64_t vector, float* memory) {
+static void lay_out(const Product& product, const int32_t* numbers, int64_t tile, int64_t in_tile, int32_t* to) {
   const Coded& w = *product.matrix;
-  const Inputs to(product, memory);
-  if (vector >= tiles_of(product.vectors) * to.tile) return;
-  const int64_t there = vector < product.vectors ? w.columns : 0, which = vector / to.tile, in_tile = vector % to.tile;
-  float *values = to.room + vector * 2 * w.columns, *units = to.units + which * to.tile * to.groups + in_tile, *sums = to.sums + which * to.tile * to.groups + in_tile;
-  int32_t* numbers = reinterpret_cast<int32_t*>(values + w.columns);
-  read_numbers(product.inputs, vector * w.columns, product.number, there, values);
-  for (int64_t c = there; c < w.columns; ++c) values[c] = 0.0f;
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const int64_t first = g * w.group, count = least(w.group, w.columns - first);
-    units[g * to.tile] = fixed::to_whole_numbers(values + first, count, 8 * product.digits - 1, numbers + first);
-    sums[g * to.tile] = static_cast<float>(fixed::sum_of_numbers(numbers + first, count));  // in units
-  }
+  to += in_tile;
   alignas(32) uint8_t order[run];
   for (int i = 0; i < run; ++i) order[i] = static_cast<uint8_t>(column_of(w.bits, i / 4, i % 4));
   const __m256i places = _mm256_load_si256(reinterpret_cast<const __m256i*>(order));
-  int32_t* digits = to.digits + which * to.words + in_tile;
-  for (int64_t c = 0; c < w.columns; c += run, digits += 8 * product.digits * to.tile) {
-    if (product.digits == 1) lay_out<1>(numbers + c, places, to.tile, digits);
-    else if (product.digits == 2) lay_out<2>(numbers + c, places, to.tile, digits);
-    else lay_out<3>(numbers + c, places, to.tile, digits);
+  for (int64_t c = 0; c < w.columns; c += run, to += 8 * product.digits * tile) {
+    if (product.digits == 1) lay_out_run<1>(numbers + c, places, tile, to);
+    else if (product.digits == 2) lay_out_run<2>(numbers + c, places, tile, to);
+    else lay_out_run<3>(numbers + c, places, tile, to);
   }
 }
 
-// ---- scales ---------------------------------------------------------------------------------------------------------------
+// ---- levels and scales ----------------------------------------------------------------------------------------------------
 
-// Levels as whole numbers of two bytes, or of three where inputs have as many, a byte in each table: (number - zero) * unit. What is lost is
-// half a unit. Sixty-four codes are looked up at once, by six bits; of narrower codes those above are any, and the table has each level more than once.
-struct Levels {
-  __m512i tables[3];
-  float unit, zero;
-
-  Levels(const Coded& w, int planes) {
-    const int count = 1 << w.bits;
-    float found[64], low = number_at(w.levels.data, 0, w.levels.number), high = low;
-    for (int i = 0; i < count; ++i) {
-      found[i] = number_at(w.levels.data, i, w.levels.number);
-      low = found[i] < low ? found[i] : low, high = found[i] > high ? found[i] : high;
-    }
-    const double most = (int64_t{1} << (8 * planes)) - 1, step = (static_cast<double>(high) - low) / most;
-    unit = step > 0 ? static_cast<float>(step) : 1.0f;
-    zero = static_cast<float>(-static_cast<double>(low) / unit);
-    alignas(64) uint8_t bytes[3][64];
-    for (int i = 0; i < 64; ++i) {
-      const double place = (static_cast<double>(found[i % count]) - low) / unit;
-      const int32_t number = place > 0 ? static_cast<int32_t>((place < most ? place : most) + 0.5) : 0;
-      for (int plane = 0; plane < planes; ++plane) bytes[plane][i] = static_cast<uint8_t>(number >> (8 * (planes - 1 - plane)));
-      if (!(found[i % count] - found[i % count] == 0.0f)) unit = as_float(0x7fc00000);  // one that is not finite
-    }
-    for (int plane = 0; plane < planes; ++plane) tables[plane] = _mm512_load_si512(bytes[plane]);
+// A byte of each level in each table. Sixty-four codes are looked up at once, by six bits, of which those above narrower codes are any.
+static void make_tables(const Levels& levels, int planes, __m512i* tables) {
+  for (int plane = 0; plane < planes; ++plane) {
+    alignas(64) uint8_t bytes[64];
+    for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(levels.numbers[i] >> (8 * (planes - 1 - plane)));
+    tables[plane] = _mm512_load_si512(bytes);
   }
-};
+}
 
-// What sixteen rows have beside their codes, group by group: sixteen scales, zero points and offsets, a row a lane. Those that do not lie
-// so are brought there first, as float32.
-struct Grid {
-  const uint8_t *scales, *zeros, *offsets;  // of the first group; nullptr where there are none
-  Number of_scales, of_zeros, of_offsets;
-  bool packed;   // zero points of the width of the codes
-  float factor, zero;  // of scales, if not 1; the zero point where none are stored
+static inline __attribute__((always_inline)) __m512 scale_of(const Grid& grid, int64_t group) {
+  const __m512 found = grid.scales == nullptr ? _mm512_set1_ps(1.0f) : sixteen_numbers(grid.scales, group, grid.of_scales);
+  return grid.factor == 1.0f ? found : _mm512_mul_ps(found, _mm512_set1_ps(grid.factor));
+}
 
-  inline __attribute__((always_inline)) __m512 scale(int64_t group) const {
-    const __m512 found = scales == nullptr ? _mm512_set1_ps(1.0f) : sixteen_numbers(scales, group, of_scales);
-    return factor == 1.0f ? found : _mm512_mul_ps(found, _mm512_set1_ps(factor));
-  }
-
-  template <int Bits>
-  inline __attribute__((always_inline)) __m512 zero_point(int64_t group) const {
-    if (zeros == nullptr) return _mm512_set1_ps(zero);
-    return packed ? sixteen_codes(zeros, group, Bits) : sixteen_numbers(zeros, group, of_zeros);
-  }
-};
-
-static int64_t scratch_floats(const Coded& w) { return 48 * padded_groups(w) + sixteen_room(w); }
-
-static Grid find_grid(const Coded& w, const Levels* levels, int64_t row, float* room) {
-  const int64_t each = 16 * padded_groups(w);
-  const auto find = [&](const Values& values, float* to, Number& number) -> const uint8_t* {
-    if (values.kind == Values::none) return nullptr;
-    number = values.number;
-    if (values.lines && values.kind != Values::table) return static_cast<const uint8_t*>(values.data) + row * row_bytes_of(values, w.bits);
-    read_sixteen(w, values, [row](int64_t r) { return row + r; }, to, room + 3 * each);
-    number = Number::f32;
-    return reinterpret_cast<const uint8_t*>(to);
-  };
-  Grid grid{};
-  grid.factor = levels != nullptr ? levels->unit : step_of(w);
-  grid.zero = levels != nullptr ? levels->zero : zero_of(w);
-  grid.scales = find(w.scales, room, grid.of_scales);
-  const bool offsets = has_offsets(w);
-  (offsets ? grid.offsets : grid.zeros) = find(w.zeros, room + each, offsets ? grid.of_offsets : grid.of_zeros);
-  grid.packed = w.zeros.kind == Values::packed && w.zeros.lines;
-  return grid;
+template <int Bits>
+static inline __attribute__((always_inline)) __m512 zero_point_of(const Grid& grid, int64_t group) {
+  if (grid.zeros == nullptr) return _mm512_set1_ps(grid.zero);
+  return grid.packed ? sixteen_codes(grid.zeros, group, Bits) : sixteen_numbers(grid.zeros, group, grid.of_zeros);
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------------
@@ -266,17 +166,15 @@ static inline __attribute__((always_inline)) __m512 join(const __m512i (*sums)[S
 }
 
 template <int Bits, int Digits, int Planes, int Vectors, bool Fetch>
-static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& grid, const Levels* levels, const Inputs& of, int64_t which, __m512* totals) {
+static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& grid, const __m512i* tables, const Inputs& of, int64_t which, float* totals) {
   using S = Shape<Bits, Digits, Planes, Vectors>;
   const int32_t* inputs = of.digits + which * of.words;
   const float *units = of.units + which * Vectors * of.groups, *input_sums = of.sums + which * Vectors * of.groups;
-  __m512i tables[3] = {};
-  for (int plane = 0; plane < Planes; ++plane) tables[plane] = levels->tables[plane];
   __m512 total[Vectors];
   for (int v = 0; v < Vectors; ++v) total[v] = _mm512_setzero_ps();
   for (int64_t column = 0, group = 0; column < w.columns; ++group, units += Vectors, input_sums += Vectors) {
     const int64_t end = least(column + w.group, w.columns);
-    const __m512 scale = grid.scale(group), zero = grid.zero_point<Bits>(group);
+    const __m512 scale = scale_of(grid, group), zero = zero_point_of<Bits>(grid, group);
     __m512 sum[Vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) sum[v] = _mm512_mul_ps(zero, _mm512_set1_ps(-input_sums[v]));
@@ -297,7 +195,7 @@ static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& gr
     const __m512 offset = sixteen_numbers(grid.offsets, group, grid.of_offsets);
     for (int v = 0; v < Vectors; ++v) total[v] = _mm512_fmadd_ps(offset, _mm512_set1_ps(input_sums[v] * units[v]), total[v]);
   }
-  for (int v = 0; v < Vectors; ++v) totals[v] = total[v];
+  for (int v = 0; v < Vectors; ++v) _mm512_store_ps(totals + v * line_rows, total[v]);
 }
 
 using Sixteen = decltype(&multiply_sixteen<4, 2, 0, 1, true>);
@@ -318,47 +216,28 @@ static Sixteen find_function(const Coded& w, int64_t vectors) {
   }
 }
 
-constexpr int planes_of(int digits) { return digits == 1 ? 2 : digits; }  // of levels
-
 template <int Bits, int Digits>
-static void multiply_as(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
-  const Coded& w = *product.matrix;
-  const Inputs of(product, const_cast<float*>(prepared));
-  constexpr int planes = planes_of(Digits);
-  const std::optional<Levels> levels = w.levels.kind == Values::none ? std::nullopt : std::optional<Levels>(std::in_place, w, planes);
-  const Levels* found = levels ? &*levels : nullptr;
-  Sixteen function = find_function<Bits, Digits, 0>(w, of.tile);
-  if constexpr (Bits <= 6) function = levels ? find_function<Bits, Digits, planes>(w, of.tile) : function;
-  for (int64_t row = first; row < last; row += line_rows) {
-    const Grid grid = find_grid(w, found, row, scratch);
-    for (int64_t which = 0; which < tiles_of(product.vectors); ++which) {
-      __m512 totals[most_vectors];
-      function(w, w.codes + row * w.row_bytes, grid, found, of, which, totals);
-      for (int64_t v = 0; v < of.tile && which * of.tile + v < product.vectors; ++v) {
-        put_sixteen(product, (which * of.tile + v) * w.rows + row, 0xffff, totals[v]);
-      }
-    }
-  }
-}
+struct Kernel {
+  static constexpr int level_bytes = Digits == 1 ? 2 : Digits;
+  __m512i tables[3] = {};
+  Sixteen function;
 
-template <int Digits>
-static void multiply_digits(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
-  switch (product.matrix->bits) {
-    case 1: return multiply_as<1, Digits>(product, prepared, first, last, scratch);
-    case 2: return multiply_as<2, Digits>(product, prepared, first, last, scratch);
-    case 3: return multiply_as<3, Digits>(product, prepared, first, last, scratch);
-    case 4: return multiply_as<4, Digits>(product, prepared, first, last, scratch);
-    case 5: return multiply_as<5, Digits>(product, prepared, first, last, scratch);
-    case 6: return multiply_as<6, Digits>(product, prepared, first, last, scratch);
-    case 7: return multiply_as<7, Digits>(product, prepared, first, last, scratch);
-    default: return multiply_as<8, Digits>(product, prepared, first, last, scratch);
+  Kernel(const Coded& w, const Levels* levels, int64_t vectors) {
+    function = find_function<Bits, Digits, 0>(w, vectors);
+    if (levels == nullptr) return;
+    make_tables(*levels, level_bytes, tables);
+    if constexpr (Bits <= most_level_bits) function = find_function<Bits, Digits, level_bytes>(w, vectors);
   }
-}
 
-// Rows first to last, whole sixteens of them.
+  void multiply(const Coded& w, const uint8_t* from, const Grid& grid, const Inputs& of, int64_t which, float* sums) const {
+    function(w, from, grid, tables, of, which, sums);
+  }
+};
+
+static void put_line(const Product& product, int64_t at, const float* sums) { put_sixteen(product, at, 0xffff, _mm512_load_ps(sums)); }
+
 static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
-  const auto function = product.digits == 1 ? multiply_digits<1> : product.digits == 2 ? multiply_digits<2> : multiply_digits<3>;
-  function(product, prepared, first, last, scratch);
+  multiply_rows<Kernel>(product, prepared, first, last, scratch);
 }
 
 }  // namespace lines

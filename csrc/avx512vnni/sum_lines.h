@@ -268,7 +268,7 @@ static void multiply_blocks(const Coded& w, const uint8_t* const* from, const li
       __m512 sum = _mm512_cvtepi32_ps(sums[0][b]);
 #pragma GCC unroll 4
       for (int p = 1; p < Planes; ++p) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[p][b]));
-      totals[b] = _mm512_fmadd_ps(sum, _mm512_mul_ps(unit, grids[b].scale(group)), totals[b]);
+      totals[b] = _mm512_fmadd_ps(sum, _mm512_mul_ps(unit, lines::scale_of(grids[b], group)), totals[b]);
       if (grids[b].offsets == nullptr) continue;
       const __m512 offset = sixteen_numbers(grids[b].offsets, group, grids[b].of_offsets);
       totals[b] = _mm512_fmadd_ps(offset, _mm512_set1_ps(prepared[plan.sums + group]), totals[b]);

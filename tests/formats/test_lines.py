@@ -14,7 +14,23 @@ from fewbits.formats.ternary import Ternary
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import native
 
-READ = pytest.mark.skipif("avx512vnni" not in native.available(), reason="no kernel here reads lines")
+READERS = ("avx512vnni", "avx2")  # instruction sets that read lines
+
+
+@pytest.fixture(params=READERS)
+def reader(request, monkeypatch) -> str:
+    """Each of them that this machine has, in turn."""
+    if request.param not in native.available():
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setenv("FEWBITS_FORCE_ISA", request.param)
+    return request.param
+
+
+@pytest.fixture(params=native.available() or ["none"])
+def isa(request, monkeypatch) -> str:
+    """Each instruction set of this machine in turn, whether it reads lines or brings rows into order."""
+    monkeypatch.setenv("FEWBITS_FORCE_ISA", request.param)
+    return request.param
 
 
 def uniform(rows: int, columns: int, bits: int = 4, group_size: int = 32, zeros: str = "integer", seed: int = 0) -> Uniform:
@@ -77,7 +93,7 @@ def test_there_and_back_is_what_it_was(sixteens, runs, bits, zeros, seed):
     ],
     ids=["uniform", "3 bits", "codebook", "signs", "minimums", "minimums of two levels", "ternary", "ternary by halves of words"],
 )
-def test_a_term_in_lines_decodes_and_gives_rows_as_it_does(term):
+def test_a_term_in_lines_decodes_and_gives_rows_as_it_does(isa, term):
     laid, rows = Lines.lay(term), torch.tensor([3, 30, 16, 3])
     assert torch.equal(laid.decode(), term.define()) and torch.equal(laid.define(), term.define())
     assert torch.equal(laid.decode(torch.bfloat16), term.define(torch.bfloat16))
@@ -93,7 +109,7 @@ def test_ternary_rows_that_are_not_of_whole_words_lie_by_halves():
     assert all(torch.equal(laid[half, row], codes[row, 2 * half : 2 * half + 2]) for half in range(11) for row in range(16))
 
 
-def test_terms_in_lines_are_joined_by_rows():
+def test_terms_in_lines_are_joined_by_rows(isa):
     above, below = uniform(16, 32), uniform(32, 32, seed=1)
     both = Lines.lay(above).stacked(Lines.lay(below))
     assert torch.equal(both.decode(), torch.cat([above.decode(), below.decode()]))
@@ -101,8 +117,7 @@ def test_terms_in_lines_are_joined_by_rows():
     assert torch.equal(wide.decode(), torch.cat([uniform(16, 64).decode(), uniform(16, 32, seed=2).decode()], 1))
 
 
-@READ
-def test_only_what_a_kernel_reads_faster_so_lies_in_lines():
+def test_only_what_a_kernel_reads_faster_so_lies_in_lines(reader):
     assert may_lie_in_lines(uniform(32, 96))
     assert not may_lie_in_lines(Lines.lay(uniform(32, 96)))  # it does
     assert not may_lie_in_lines(uniform(24, 96))  # no sixteens
@@ -111,16 +126,17 @@ def test_only_what_a_kernel_reads_faster_so_lies_in_lines():
     assert not may_lie_in_lines(Dense(torch.rand(32, 32).half()))
     levels = torch.randn(32, 1, 16).half()
     assert not may_lie_in_lines(Codebook.from_codes(torch.randint(16, (32, 64)), levels, bits=4))  # levels of each row
+    shared = [Codebook.from_codes(torch.randint(2, (32, 64)), torch.randn(1, 1, 2**bits).half(), bits=bits) for bits in range(1, 8)]
+    assert [may_lie_in_lines(term) for term in shared] == [bits <= {"avx512vnni": 6, "avx2": 4}[reader] for bits in range(1, 8)]
     codes, steps, minimums = torch.randint(16, (32, 96)), torch.rand(32, 3).half(), torch.randn(32, 3).half()
     for added in (None, minimums):
         assert may_lie_in_lines(Stepped.from_codes(codes, steps, added, bits=4, group_size=32))
     assert not may_lie_in_lines(Stepped.from_codes(codes, steps.double(), minimums, bits=4, group_size=32))  # numbers that no kernel reads
 
 
-@READ
-@pytest.mark.parametrize("isa", ["none", "scalar", "avx2", "avx512"])
-def test_kernels_that_do_not_read_lines_are_given_none(isa, monkeypatch):
-    if isa not in ("none", *native.available()):
-        pytest.skip(f"this machine has no {isa}")
-    monkeypatch.setenv("FEWBITS_FORCE_ISA", isa)
+@pytest.mark.parametrize("other", ["none", "scalar", "avx512", "neon", "neondot"])
+def test_kernels_that_do_not_read_lines_are_given_none(other, monkeypatch):
+    if other not in ("none", *native.available()):
+        pytest.skip(f"this machine has no {other}")
+    monkeypatch.setenv("FEWBITS_FORCE_ISA", other)
     assert not may_lie_in_lines(uniform(32, 96))

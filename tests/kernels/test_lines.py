@@ -140,12 +140,29 @@ def test_minifloats_whose_scales_are_bytes_of_a_table(isa, scales):
         assert_agrees(term, torch.randn(vectors, 128).to(dtype))
 
 
-def test_rows_so_long_that_sums_are_taken_in_parts():
+def test_rows_so_long_that_sums_are_taken_in_parts(isa):
     columns = 2**17 + 32
     codes = torch.full((16, columns), 255)
     term = Uniform.from_codes(codes, torch.ones(16, 1), torch.zeros(16, 1), bits=8)
     inputs = torch.full((1, columns), 1.0)
     assert torch.allclose(multiply(term, inputs), torch.full((1, 16), 255.0 * columns), rtol=1e-6)
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_largest_codes_times_the_largest_inputs_fit_their_sums(isa, bits, digits, monkeypatch):
+    monkeypatch.setenv("FEWBITS_INPUT_DIGITS", str(digits))
+    codes, columns = torch.full((16, 2048), 2**bits - 1), 2048
+    largest = (0x7D7F7F >> 8 * (3 - digits)) * 2.0 ** (1 - 8 * digits)  # of 125, 127 and 127; larger ones have another unit
+    inputs = torch.tensor([[largest], [-largest], [-1.0], [1.0]]).expand(4, columns)
+    for group_size in (32, 160, columns):
+        groups = -(-columns // group_size)
+        terms = [Uniform.from_codes(codes, torch.ones(16, groups), torch.zeros(16, groups), bits=bits, group_size=group_size)]
+        if bits <= 6:
+            levels = torch.full((1, 1, 2**bits), -1.0).index_fill(2, torch.tensor([2**bits - 1]), 1.0)
+            terms += [Codebook.from_codes(wanted, levels, bits=bits) for wanted in (codes, codes - 1)]
+        for term in terms:
+            torch.testing.assert_close(multiply(term, inputs), inputs @ term.define().T, rtol=1e-4, atol=0)
 
 
 def test_threads_change_no_bit(isa, on_threads, uniform):

@@ -56,11 +56,12 @@ def test_a_piece_that_is_full_is_followed_by_another():
     assert [int(room.sum(dtype=torch.int64)) for room in rooms_like] == [number * size for number in range(7)]
 
 
-@pytest.fixture
-def in_lines():
-    """A layer some of whose terms lie in lines, and the same layer before that."""
-    if "avx512vnni" not in native.available():
-        pytest.skip("no kernel here reads lines")
+@pytest.fixture(params=["avx512vnni", "avx2"])
+def in_lines(request, monkeypatch):
+    """A layer some of whose terms lie in lines, and the same layer before that; with each instruction set that reads lines."""
+    if request.param not in native.available():
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setenv("FEWBITS_FORCE_ISA", request.param)
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(16, (64, 96), generator=generator)
     terms = (
@@ -124,7 +125,7 @@ def test_codewords_are_laid_in_lines_where_kernels_make_tables_and_stored_by_row
     term, layer = settled_codewords()
     laid, stored = layer.laid.weight.terms[0], layer.stored.weight.terms[0]
     assert isinstance(laid, Additive) and isinstance(stored, Additive)
-    assert laid.lines == ("avx512vnni" in native.available()) and not stored.lines
+    assert laid.lines == (native.chosen() == "avx512vnni") and not stored.lines
     assert torch.equal(laid.decode(), term.decode()) and torch.equal(stored.codes, term.codes)
     assert torch.equal(layer.state_dict()["weight__terms__0__codes"], term.codes)
     inputs = torch.randn(2, 96)

@@ -1,0 +1,188 @@
+// What products of codes that lie in lines share, whatever the instruction set: inputs as digits, levels as whole numbers, and what sixteen
+// rows have beside their codes. Included after fixed.h by the lines.h of an instruction set.
+#pragma once
+#include <optional>
+
+#include "fixed.h"
+#include "sixteen.h"
+
+namespace fewbits {
+namespace FEWBITS_ISA {
+namespace lines {
+
+constexpr int64_t run = 32;          // columns of whole lines, whatever the width of codes: as many lines as a code has bits
+constexpr int64_t most_vectors = 4;  // that share a look at the codes
+constexpr int most_level_bits = 6;   // of levels that are looked up in registers, wherever that is
+
+// Whether codes, or levels of up to `level_bits` that all rows share, lie in whole lines, and groups end with them.
+static bool fits(const Coded& w, int level_bits) {
+  const bool whole = w.columns % run == 0 && (w.groups == 1 || w.group % run == 0);
+  const bool codes = w.levels.kind == Values::none ? w.bits <= 8 : w.bits <= level_bits && w.levels.rows == 1 && w.level_groups == 1;
+  return w.form == Coded::packed && w.lines && codes && whole;
+}
+
+static inline int64_t tiles_of(int64_t vectors) { return ceiling(vectors, most_vectors); }
+static inline int64_t tile_of(int64_t vectors) { return ceiling(vectors, tiles_of(vectors)); }
+
+// ---- inputs ---------------------------------------------------------------------------------------------------------------
+
+// What an instruction set has of its own: how many words of 32 bits hold the digits of four inputs, and all whole numbers of a vector as such
+// words, in the order in which codes leave their lines, among those of the other vectors of a tile.
+static int64_t words_of_four(const Product& product);
+static void lay_out(const Product& product, const int32_t* numbers, int64_t tile, int64_t in_tile, int32_t* to);
+
+// Of a tile's vectors: words of digits [columns / 4, words of four, tile], the groups' units and sums [groups, tile]; and room to make them.
+struct Inputs {
+  int64_t tile, words, groups;  // of a tile: vectors, words of digits; of a vector: padded groups
+  int32_t* digits;
+  float *units, *sums, *room;
+
+  Inputs(const Product& product, float* at) {
+    const Coded& w = *product.matrix;
+    const int64_t tiles = tiles_of(product.vectors);
+    tile = tile_of(product.vectors);
+    words = w.columns / 4 * words_of_four(product) * tile;
+    groups = padded_groups(w);
+    digits = reinterpret_cast<int32_t*>(at);
+    units = at + tiles * words;
+    sums = units + tiles * tile * groups;
+    room = sums + tiles * tile * groups;
+  }
+};
+
+static int64_t prepared_floats(const Product& product) {
+  const Coded& w = *product.matrix;
+  return tiles_of(product.vectors) * tile_of(product.vectors) * (w.columns / 4 * words_of_four(product) + 2 * padded_groups(w) + 2 * w.columns);
+}
+
+// The column of a run that byte `j` of the codes' register `k` holds: of whole codes in bytes, as a mask takes them out of a line.
+static constexpr int column_of(int bits, int k, int j) {
+  if (8 % bits != 0) return 4 * k + j;
+  const int fields = 8 / bits;
+  return k / fields * 4 * fields + j * fields + k % fields;
+}
+
+static void prepare(const Product& product, int64_t vector, float* memory) {
+  const Coded& w = *product.matrix;
+  const Inputs to(product, memory);
+  if (vector >= tiles_of(product.vectors) * to.tile) return;
+  const int64_t there = vector < product.vectors ? w.columns : 0, which = vector / to.tile, in_tile = vector % to.tile;
+  float *values = to.room + vector * 2 * w.columns, *units = to.units + which * to.tile * to.groups + in_tile, *sums = to.sums + which * to.tile * to.groups + in_tile;
+  int32_t* numbers = reinterpret_cast<int32_t*>(values + w.columns);
+  read_numbers(product.inputs, vector * w.columns, product.number, there, values);
+  for (int64_t c = there; c < w.columns; ++c) values[c] = 0.0f;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t first = g * w.group, count = least(w.group, w.columns - first);
+    units[g * to.tile] = fixed::to_whole_numbers(values + first, count, 8 * product.digits - 1, numbers + first);
+    sums[g * to.tile] = static_cast<float>(fixed::sum_of_numbers(numbers + first, count));  // in units
+  }
+  lay_out(product, numbers, to.tile, in_tile, to.digits + which * to.words);
+}
+
+// ---- levels and scales ----------------------------------------------------------------------------------------------------
+
+// Levels as whole numbers of `bytes` bytes without a sign: (number - zero) * unit. What is lost is half a unit. There are as many numbers as six
+// bits can say, narrower codes' levels more than once.
+struct Levels {
+  int32_t numbers[1 << most_level_bits];
+  float unit, zero;
+
+  Levels(const Coded& w, int bytes) {
+    const int count = 1 << w.bits;
+    float found[1 << most_level_bits], low = number_at(w.levels.data, 0, w.levels.number), high = low;
+    for (int i = 0; i < count; ++i) {
+      found[i] = number_at(w.levels.data, i, w.levels.number);
+      low = found[i] < low ? found[i] : low, high = found[i] > high ? found[i] : high;
+    }
+    const double most = (int64_t{1} << (8 * bytes)) - 1, step = (static_cast<double>(high) - low) / most;
+    const float only = low < 0.0f ? -low : low;  // where all are the same
+    unit = step > 0 ? static_cast<float>(step) : only > 0.0f ? only / static_cast<float>(most) : 1.0f;
+    zero = static_cast<float>(-static_cast<double>(low) / unit);
+    for (int i = 0; i < 1 << most_level_bits; ++i) {
+      const double place = (static_cast<double>(found[i % count]) - low) / unit;
+      numbers[i] = place > 0 ? static_cast<int32_t>((place < most ? place : most) + 0.5) : 0;
+      if (!(found[i % count] - found[i % count] == 0.0f)) unit = as_float(0x7fc00000);  // one that is not finite
+    }
+  }
+};
+
+// What sixteen rows have beside their codes, group by group: sixteen scales, zero points and offsets, a row a lane. Those that do not lie
+// so are brought there first, as float32.
+struct Grid {
+  const uint8_t *scales, *zeros, *offsets;  // of the first group; nullptr where there are none
+  Number of_scales, of_zeros, of_offsets;
+  bool packed;   // zero points of the width of the codes
+  float factor, zero;  // of scales, if not 1; the zero point where none are stored
+};
+
+static int64_t scratch_floats(const Coded& w) { return 48 * padded_groups(w) + sixteen_room(w); }
+
+static Grid find_grid(const Coded& w, const Levels* levels, int64_t row, float* room) {
+  const int64_t each = 16 * padded_groups(w);
+  const auto find = [&](const Values& values, float* to, Number& number) -> const uint8_t* {
+    if (values.kind == Values::none) return nullptr;
+    number = values.number;
+    if (values.lines && values.kind != Values::table) return static_cast<const uint8_t*>(values.data) + row * row_bytes_of(values, w.bits);
+    read_sixteen(w, values, [row](int64_t r) { return row + r; }, to, room + 3 * each);
+    number = Number::f32;
+    return reinterpret_cast<const uint8_t*>(to);
+  };
+  Grid grid{};
+  grid.factor = levels != nullptr ? levels->unit : step_of(w);
+  grid.zero = levels != nullptr ? levels->zero : zero_of(w);
+  grid.scales = find(w.scales, room, grid.of_scales);
+  const bool offsets = has_offsets(w);
+  (offsets ? grid.offsets : grid.zeros) = find(w.zeros, room + each, offsets ? grid.of_offsets : grid.of_zeros);
+  grid.packed = w.zeros.kind == Values::packed && w.zeros.lines;
+  return grid;
+}
+
+// ---- products -------------------------------------------------------------------------------------------------------------
+
+// Sums of sixteen rows as numbers of the outputs' type from place `at` on.
+static void put_line(const Product& product, int64_t at, const float* sums);
+
+// Rows first to last, whole sixteens of them. `Kernel`, an instruction set's own for a width of codes and for digits, is made of a matrix, its
+// levels, if there are any, and how many vectors a tile has; it multiplies sixteen rows with a tile: sums [vectors, 16].
+template <class Kernel>
+static void multiply_as(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  const Coded& w = *product.matrix;
+  const Inputs of(product, const_cast<float*>(prepared));
+  const std::optional<Levels> levels = w.levels.kind == Values::none ? std::nullopt : std::optional<Levels>(std::in_place, w, Kernel::level_bytes);
+  const Levels* found = levels ? &*levels : nullptr;
+  const Kernel kernel(w, found, of.tile);
+  alignas(64) float sums[most_vectors * line_rows];
+  for (int64_t row = first; row < last; row += line_rows) {
+    const Grid grid = find_grid(w, found, row, scratch);
+    for (int64_t which = 0; which < tiles_of(product.vectors); ++which) {
+      kernel.multiply(w, w.codes + row * w.row_bytes, grid, of, which, sums);
+      for (int64_t v = 0; v < of.tile && which * of.tile + v < product.vectors; ++v) {
+        put_line(product, (which * of.tile + v) * w.rows + row, sums + v * line_rows);
+      }
+    }
+  }
+}
+
+template <template <int, int> class Kernel, int Digits>
+static void multiply_digits(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  switch (product.matrix->bits) {
+    case 1: return multiply_as<Kernel<1, Digits>>(product, prepared, first, last, scratch);
+    case 2: return multiply_as<Kernel<2, Digits>>(product, prepared, first, last, scratch);
+    case 3: return multiply_as<Kernel<3, Digits>>(product, prepared, first, last, scratch);
+    case 4: return multiply_as<Kernel<4, Digits>>(product, prepared, first, last, scratch);
+    case 5: return multiply_as<Kernel<5, Digits>>(product, prepared, first, last, scratch);
+    case 6: return multiply_as<Kernel<6, Digits>>(product, prepared, first, last, scratch);
+    case 7: return multiply_as<Kernel<7, Digits>>(product, prepared, first, last, scratch);
+    default: return multiply_as<Kernel<8, Digits>>(product, prepared, first, last, scratch);
+  }
+}
+
+template <template <int, int> class Kernel>
+static void multiply_rows(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  const auto function = product.digits == 1 ? multiply_digits<Kernel, 1> : product.digits == 2 ? multiply_digits<Kernel, 2> : multiply_digits<Kernel, 3>;
+  function(product, prepared, first, last, scratch);
+}
+
+}  // namespace lines
+}  // namespace FEWBITS_ISA
+}  // namespace fewbits
