@@ -25,80 +25,55 @@ namespace fewbits {
 namespace FEWBITS_ISA {
 namespace chosen {
 
-static int64_t prepared_floats(const Product& product) {
-  const Coded& w = *product.matrix;
-#ifdef FEWBITS_TABLES
-  if (word_tables::serves(w, product.vectors)) return word_tables::prepared_floats(product);
-#endif
-  if (w.form == Coded::vectors) return vectors::prepared_floats(product);
-  if (w.form == Coded::signed_product) return signed_product::prepared_floats(product);
-  if (w.form == Coded::mixed) return mixed_groups::prepared_floats(product);
-  if (w.form != Coded::packed) return additions::prepared_floats(product);
-#ifdef FEWBITS_TABLES
-  if (sum_lines::serves(w, product.vectors)) return sum_lines::prepared_floats(product);
-#endif
-#ifdef FEWBITS_LINES
-  if (lines::serves(w)) return lines::prepared_floats(product);
-#endif
+constexpr int most_digits = 3;  // of inputs
+
+// How products with a matrix are computed: inputs are made ready one by one, then rows are multiplied.
+struct Way {
+  int64_t (*prepared_floats)(const Product&);
+  void (*prepare)(const Product&, int64_t vector, float* room);
+  int64_t (*scratch_floats)(const Coded&, int64_t vectors);
+  void (*multiply)(const Product&, const float* prepared, int64_t first, int64_t last, float* scratch);
+  int64_t (*parts)(const Product&) = nullptr;
+  void (*make_part)(const Product&, int64_t part, float* room) = nullptr;
+};
+
 #ifdef FEWBITS_FIXED
-  if (ternary::serves(w)) return ternary::prepared_floats(w, ternary::make_plan(w, product.vectors, product.digits));
+static fixed::Plan fixed_plan(const Product& product) {
   fixed::Plan plan;
-  if (fixed::make_plan(w, product.vectors, product.digits, plan)) return fixed::prepared_floats(w, plan);
-#endif
-  return FEWBITS_ISA::prepared_floats(product);
+  fixed::make_plan(*product.matrix, product.vectors, product.digits, plan);
+  return plan;
 }
 
-static void prepare(const Product& product, int64_t vector, float* room) {
-  const Coded& w = *product.matrix;
-#ifdef FEWBITS_TABLES
-  if (word_tables::serves(w, product.vectors)) return word_tables::prepare(product, vector, room);
+static ternary::Plan ternary_plan(const Product& product) { return ternary::make_plan(*product.matrix, product.vectors, product.digits); }
 #endif
-  if (w.form == Coded::vectors) return vectors::prepare(product, vector, room);
-  if (w.form == Coded::signed_product) return signed_product::prepare(product, vector, room);
-  if (w.form == Coded::mixed) return mixed_groups::prepare(product, vector, room);
-  if (w.form != Coded::packed) return additions::prepare(product, vector, room);
-#ifdef FEWBITS_TABLES
-  if (sum_lines::serves(w, product.vectors)) return sum_lines::prepare(product, vector, room);
-#endif
-#ifdef FEWBITS_LINES
-  if (lines::serves(w)) return lines::prepare(product, vector, room);
-#endif
+
+// Of codes that lie by rows, or are brought there.
+static Way find_way_by_rows(const Coded& w, int64_t vectors) {
 #ifdef FEWBITS_FIXED
-  if (ternary::serves(w)) return ternary::prepare(product, ternary::make_plan(w, product.vectors, product.digits), vector, room);
   fixed::Plan plan;
-  if (fixed::make_plan(w, product.vectors, product.digits, plan)) return fixed::prepare(product, plan, vector, room);
+  if (ternary::serves(w)) {
+    return {[](const Product& product) { return ternary::prepared_floats(*product.matrix, ternary_plan(product)); },
+            [](const Product& product, int64_t vector, float* room) { ternary::prepare(product, ternary_plan(product), vector, room); },
+            [](const Coded& w, int64_t) { return ternary::scratch_floats(w); },
+            [](const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+              ternary::multiply(product, ternary_plan(product), prepared, first, last, scratch);
+            }};
+  }
+  if (fixed::make_plan(w, vectors, most_digits, plan)) {
+    return {[](const Product& product) { return fixed::prepared_floats(*product.matrix, fixed_plan(product)); },
+            [](const Product& product, int64_t vector, float* room) { fixed::prepare(product, fixed_plan(product), vector, room); },
+            [](const Coded& w, int64_t vectors) {
+              fixed::Plan plan;
+              fixed::make_plan(w, vectors, most_digits, plan);
+              return fixed::scratch_floats(w, plan);
+            },
+            [](const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+              fixed::multiply(product, fixed_plan(product), prepared, first, last, scratch);
+            }};
+  }
 #endif
-  FEWBITS_ISA::prepare(product, vector, room);
+  return {FEWBITS_ISA::prepared_floats, FEWBITS_ISA::prepare, [](const Coded&, int64_t) -> int64_t { return 0; }, FEWBITS_ISA::multiply};
 }
-
-// Bytes of sixteen rows of what may lie in lines.
-static int64_t bytes_of_lines(const Values& values, int bits) { return values.lines ? rounded_up(line_rows * row_bytes_of(values, bits), 64) : 0; }
-static int64_t bytes_of_lines(const Coded& w) {
-  return w.lines ? rounded_up(line_rows * w.row_bytes, 64) + bytes_of_lines(w.scales, w.bits) + bytes_of_lines(w.zeros, w.bits) : 0;
-}
-
-// For products and for decoding.
-static int64_t scratch_floats(const Coded& w, int64_t vectors) {
-  if (w.form == Coded::vectors) return vectors::scratch_floats(w);
-  if (w.form == Coded::signed_product) return signed_product::scratch_floats(w, vectors);
-  if (w.form == Coded::mixed) return mixed_groups::scratch_floats(w);
-  if (w.form != Coded::packed) return additions::scratch_floats(w);
-  const int64_t floats = FEWBITS_ISA::scratch_floats(w, vectors) + bytes_of_lines(w) / 4;
-#ifdef FEWBITS_TABLES
-  if (sum_lines::serves(w, vectors)) return floats + sum_lines::scratch_floats(w);
-#endif
-#ifdef FEWBITS_LINES
-  if (lines::serves(w)) return floats + lines::scratch_floats(w);
-#endif
-#ifdef FEWBITS_FIXED
-  if (ternary::serves(w)) return floats + ternary::scratch_floats(w);
-  fixed::Plan plan;
-  if (fixed::make_plan(w, vectors, 3, plan)) return floats + fixed::scratch_floats(w, plan);
-#endif
-  return floats;
-}
-
-static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch);
 
 // Brings sixteen rows of what lies in lines into rows, in `room`; where row 0 would be.
 static const uint8_t* bring_into_rows(const void* lines, int64_t row_bytes, int64_t item, int64_t row, uint8_t*& room) {
@@ -124,47 +99,77 @@ static void multiply_from_lines(const Product& product, const float* prepared, i
     }
     Product some = product;
     some.matrix = &rows;
-    multiply(some, prepared, row, row + line_rows, reinterpret_cast<float*>(room));
+    find_way_by_rows(rows, product.vectors).multiply(some, prepared, row, row + line_rows, reinterpret_cast<float*>(room));
   }
 }
 
-static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
-  const Coded& w = *product.matrix;
+static Way find_way(const Coded& w, int64_t vectors) {
 #ifdef FEWBITS_TABLES
-  if (word_tables::serves(w, product.vectors)) return word_tables::multiply(product, prepared, first, last, scratch);
+  if (word_tables::serves(w, vectors)) {
+    return {word_tables::prepared_floats, word_tables::prepare, [](const Coded& w, int64_t) { return vectors::scratch_floats(w); },
+            word_tables::multiply, word_tables::parts, word_tables::make_part};
+  }
 #endif
-  if (w.form == Coded::vectors) return vectors::multiply(product, prepared, first, last, scratch);
-  if (w.form == Coded::signed_product) return signed_product::multiply(product, prepared, first, last, scratch);
-  if (w.form == Coded::mixed) return mixed_groups::multiply(product, prepared, first, last, scratch);
-  if (w.form != Coded::packed) return additions::multiply(product, prepared, first, last, scratch);
+  if (w.form == Coded::vectors) {
+    return {vectors::prepared_floats, vectors::prepare, [](const Coded& w, int64_t) { return vectors::scratch_floats(w); }, vectors::multiply};
+  }
+  if (w.form == Coded::signed_product) {
+    return {signed_product::prepared_floats, signed_product::prepare, signed_product::scratch_floats, signed_product::multiply};
+  }
+  if (w.form == Coded::mixed) {
+    return {mixed_groups::prepared_floats, mixed_groups::prepare, [](const Coded& w, int64_t) { return mixed_groups::scratch_floats(w); },
+            mixed_groups::multiply};
+  }
+  if (w.form != Coded::packed) {
+    return {additions::prepared_floats, additions::prepare, [](const Coded& w, int64_t) { return additions::scratch_floats(w); },
+            additions::multiply};
+  }
 #ifdef FEWBITS_TABLES
-  if (sum_lines::serves(w, product.vectors)) return sum_lines::multiply(product, prepared, first, last, scratch);
+  if (sum_lines::serves(w, vectors)) {
+    return {sum_lines::prepared_floats, sum_lines::prepare, [](const Coded& w, int64_t) { return sum_lines::scratch_floats(w); },
+            sum_lines::multiply, sum_lines::parts, sum_lines::make_part};
+  }
 #endif
 #ifdef FEWBITS_LINES
-  if (lines::serves(w)) return lines::multiply(product, prepared, first, last, scratch);
-#endif
-  if (w.lines) return multiply_from_lines(product, prepared, first, last, scratch);
-#ifdef FEWBITS_FIXED
-  if (ternary::serves(w)) {
-    return ternary::multiply(product, ternary::make_plan(w, product.vectors, product.digits), prepared, first, last, scratch);
+  if (lines::serves(w)) {
+    return {lines::prepared_floats, lines::prepare, [](const Coded& w, int64_t) { return lines::scratch_floats(w); }, lines::multiply};
   }
-  fixed::Plan plan;
-  if (fixed::make_plan(w, product.vectors, product.digits, plan)) return fixed::multiply(product, plan, prepared, first, last, scratch);
 #endif
-  FEWBITS_ISA::multiply(product, prepared, first, last, scratch);
+  Way way = find_way_by_rows(w, vectors);
+  if (w.lines) way.multiply = multiply_from_lines;
+  return way;
 }
 
-#ifdef FEWBITS_TABLES
+static int64_t prepared_floats(const Product& product) { return find_way(*product.matrix, product.vectors).prepared_floats(product); }
+
+static void prepare(const Product& product, int64_t vector, float* room) {
+  find_way(*product.matrix, product.vectors).prepare(product, vector, room);
+}
+
 static int64_t parts(const Product& product) {
-  const Coded& w = *product.matrix;
-  return word_tables::serves(w, product.vectors) ? word_tables::parts(product) : sum_lines::serves(w, product.vectors) ? sum_lines::parts(product) : 0;
+  const Way way = find_way(*product.matrix, product.vectors);
+  return way.parts == nullptr ? 0 : way.parts(product);
 }
 
 static void make_part(const Product& product, int64_t part, float* room) {
-  const auto make = product.matrix->form == Coded::vectors ? word_tables::make_part : sum_lines::make_part;
-  make(product, part, room);
+  find_way(*product.matrix, product.vectors).make_part(product, part, room);
 }
-#endif
+
+// Bytes of sixteen rows of what may lie in lines.
+static int64_t bytes_of_lines(const Values& values, int bits) { return values.lines ? rounded_up(line_rows * row_bytes_of(values, bits), 64) : 0; }
+static int64_t bytes_of_lines(const Coded& w) {
+  return w.lines ? rounded_up(line_rows * w.row_bytes, 64) + bytes_of_lines(w.scales, w.bits) + bytes_of_lines(w.zeros, w.bits) : 0;
+}
+
+// For products, and where codes can be decoded, for that too.
+static int64_t scratch_floats(const Coded& w, int64_t vectors) {
+  const int64_t own = find_way(w, vectors).scratch_floats(w, vectors);
+  return w.form == Coded::packed ? own + FEWBITS_ISA::scratch_floats(w, vectors) + bytes_of_lines(w) / 4 : own;
+}
+
+static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  find_way(*product.matrix, product.vectors).multiply(product, prepared, first, last, scratch);
+}
 
 #ifdef FEWBITS_LINES
 static bool reads_lines(const Coded& w) {
@@ -188,10 +193,8 @@ constexpr Kernels make_kernels(const char* name, const Panels* (*panels)(const P
   made.name = name, made.panels = panels;
   made.prepared_floats = chosen::prepared_floats, made.prepare = chosen::prepare, made.padded_vectors = padded_vectors;
   made.scratch_floats = chosen::scratch_floats, made.multiply = chosen::multiply, made.decode = decode;
-  made.feed_back = feed_back, made.rotate = rotate, made.gram = gram;
-#ifdef FEWBITS_TABLES
   made.parts = chosen::parts, made.make_part = chosen::make_part;
-#endif
+  made.feed_back = feed_back, made.rotate = rotate, made.gram = gram;
 #ifdef FEWBITS_LINES
   made.reads_lines = chosen::reads_lines;
 #endif

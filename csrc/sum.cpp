@@ -189,7 +189,6 @@ void Products::prepare(const void* inputs, int64_t vector) const {
 }
 
 void Products::add_parts(std::vector<Stage>& stages, std::vector<std::pair<Product, float*>> made) const {
-  if (kernels_.parts == nullptr) return;
   std::vector<int64_t> begins{0};  // of each one's tasks
   for (const auto& one : made) begins.push_back(begins.back() + kernels_.parts(one.first));
   if (begins.back() == 0) return;
