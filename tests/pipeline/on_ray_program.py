@@ -67,6 +67,8 @@ def main():
     root = Path(sys.argv[1])
     do_all(root, ThisProcess(), "here")
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as logs:
+        os.environ["RAY_TMPDIR"] = logs  # where a cluster notes its address, in a folder that it expects to be there
+        (Path(logs) / "ray").mkdir()
         head = {"num_cpus": 1, "include_dashboard": False, "temp_dir": logs, "_system_config": HEALTH, **MEMORY}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         node, seen, lost = cluster.add_node(num_cpus=1, **MEMORY), [], []

@@ -23,9 +23,12 @@ class Described(Term):
         """The matrix, or the two whose product it is, as kernels read them; None where none can."""
 
     def matmul(self, inputs: Tensor) -> Tensor:
-        factors = self.factors()
-        found = None if factors is None or len(factors) > 1 else dispatch.multiply(factors[0], inputs)
+        found = dispatch.multiply_term(self, self._one_matrix, inputs)
         return super().matmul(inputs) if found is None else found
+
+    def _one_matrix(self) -> Description | None:
+        factors = self.factors()
+        return None if factors is None or len(factors) > 1 else factors[0]
 
     def matmul_with(self, others: tuple[Term, ...], inputs: Tensor) -> Tensor:
         found = multiply_terms((self, *others), inputs) if others else None
@@ -94,7 +97,7 @@ class Coded(Described):
         return self.define(dtype) if found is None else found
 
     def matmul(self, inputs: Tensor) -> Tensor:
-        found = dispatch.multiply(self.described(), inputs)
+        found = dispatch.multiply_term(self, self.described, inputs)
         return inputs @ self.define(inputs.dtype).T if found is None else found
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
+from collections.abc import Callable
+from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,7 @@ _SPARSE_SHARE = 64  # one entry in so many is few enough for sparse rows to be f
 _TILE_BYTES = 4 * 2**20  # of decoded weights that are in memory at once
 
 _kept = threading.local()
+_KEPT_MATRICES: WeakKeyDictionary[object, native.Matrix | Literal[False]] = WeakKeyDictionary()
 counts: Counter[str] = Counter()  # how often each path computed in this process: "multiply", "decode", "definition"
 
 
@@ -53,6 +57,45 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
     room = _room(step, columns, inputs.dtype) if plain else None
     parts = [inputs @ _rows(matrix, first, min(first + step, rows), inputs.dtype, room).T for first in range(0, rows, step)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def multiply_term(term: object, describe: Callable[[], Description | None], inputs: Tensor) -> Tensor | None:
+    """`multiply` of how a term is described, which never changes; what was seen of it is kept as long as it lives.
+
+    A product with few vectors then is little more than the kernel's call.
+    """
+    found = _kept_matrix(term, describe, inputs) if not torch.compiler.is_compiling() else None
+    if found is None:
+        return multiply(describe(), inputs)
+    counts["multiply"] += 1
+    return found.multiply(inputs)
+
+
+def _kept_matrix(term: object, describe: Callable[[], Description | None], inputs: Tensor) -> native.Matrix | None:
+    """None where `multiply` would do more than call a kernel of the CPU with what is stored."""
+    kept = _KEPT_MATRICES.get(term)
+    few = type(inputs) is Tensor and 0 < inputs.numel() <= FEW_VECTORS * inputs.shape[-1]
+    if kept is False or not few or native.number(inputs.dtype) is None or inputs.device.type != "cpu" or on_gpu(inputs):
+        return None
+    isa = native.chosen()
+    if isa is None:
+        return None
+    if kept is None or kept.isa != isa or not kept.is_in_place():
+        kept = _KEPT_MATRICES[term] = _look_at(describe, isa)
+        if kept is False:
+            return None
+    return None if kept.columns != inputs.shape[-1] or _gradients_are_asked_for((inputs, *kept.tensors)) else kept
+
+
+def _look_at(describe: Callable[[], Description | None], isa: str) -> native.Matrix | Literal[False]:
+    """False where no kernel of the CPU reads what is stored, or a number is made anew for each product."""
+    matrix, again = describe(), describe()
+    if matrix is None or again is None or any(one is not two for one, two in zip(matrix.tensors, again.tensors, strict=True)):
+        return False
+    whole = min(matrix.layout[:2]) > 0 and all(tensor.is_contiguous() for tensor in matrix.tensors)
+    if not whole or any(tensor.device.type != "cpu" for tensor in matrix.tensors):
+        return False
+    return native.Matrix(isa, matrix.tensors, matrix.layout)
 
 
 def _most_vectors(matrix: Description) -> float:

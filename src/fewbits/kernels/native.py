@@ -111,6 +111,29 @@ def multiply(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], inputs:
     return outputs
 
 
+class Matrix:
+    """A matrix that `layout` describes, looked at once to be multiplied often. It holds the tensors, which may not change."""
+
+    def __init__(self, isa: str, tensors: Sequence[Tensor], layout: Sequence[int]) -> None:
+        assert _extension is not None
+        self.isa, self.tensors, self.columns, self._rows = isa, tuple(tensors), layout[1], layout[0]
+        self._places = [tensor.data_ptr() for tensor in self.tensors]
+        self._matrix = _extension.Matrix(isa, layout, buffers(self.tensors))
+
+    def is_in_place(self) -> bool:
+        """Whether the tensors' memory is where it was: sharing memory with other processes moves it."""
+        return self._places == [tensor.data_ptr() for tensor in self.tensors]
+
+    def multiply(self, inputs: Tensor) -> Tensor:
+        """As the function of that name."""
+        inputs = inputs.contiguous()
+        outputs = inputs.new_empty(*inputs.shape[:-1], self._rows)
+        vectors = inputs.numel() // self.columns
+        sizes = vectors, _NUMBERS[inputs.dtype], torch.get_num_threads(), digits(inputs.dtype)
+        self._matrix.multiply(inputs.data_ptr(), outputs.data_ptr(), *sizes)
+        return outputs
+
+
 def multiply_sums(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], rows: Sequence[int], inputs: Tensor) -> list[Tensor]:
     """`inputs [..., columns]` times each of the sums that `layout` describes one behind the other, which have so many `rows`.
 

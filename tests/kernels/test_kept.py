@@ -1,0 +1,94 @@
+"""Matrices that are looked at once: products after that are the same, wherever the tensors go and whichever kernels run."""
+
+import copy
+import gc
+
+import pytest
+import torch
+
+from fewbits.formats.dense import Dense
+from fewbits.formats.stepped import Stepped
+from fewbits.formats.uniform import Uniform
+from fewbits.kernels import dispatch, native
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
+
+
+def uniform(scales=None) -> Uniform:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (48, 64), generator=generator)
+    return Uniform.from_codes(codes, torch.rand(48, 2, generator=generator) + 0.1 if scales is None else scales, None, bits=4, group_size=32)
+
+
+def product(term, inputs):
+    torch.testing.assert_close(term.matmul(inputs), inputs @ term.define().T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Every time that a matrix was looked at, its instruction set."""
+    found, look = [], native.Matrix.__init__
+    monkeypatch.setattr(native.Matrix, "__init__", lambda self, isa, *rest: found.append(isa) or look(self, isa, *rest))
+    return found
+
+
+def test_a_term_is_looked_at_once_and_forgotten_with_it(looks):
+    term, inputs, before = uniform(), torch.randn(3, 64), dispatch.counts["multiply"]
+    for _ in range(3):
+        product(term, inputs)
+    product(term, torch.randn(64))
+    assert looks == [native.chosen()] and dispatch.counts["multiply"] == before + 4
+    known = len(dispatch._KEPT_MATRICES)
+    del term
+    gc.collect()
+    assert len(dispatch._KEPT_MATRICES) == known - 1
+
+
+def test_it_is_looked_at_again_where_its_memory_moved_or_other_kernels_were_asked_for(looks, monkeypatch):
+    term, inputs = uniform(), torch.randn(2, 64)
+    product(term, inputs)
+    term.codes.share_memory_()
+    product(term, inputs)
+    assert len(looks) == 2
+    monkeypatch.setenv("FEWBITS_FORCE_ISA", "scalar")
+    product(term, inputs)
+    assert looks[2:] == ["scalar"]
+    monkeypatch.setenv("FEWBITS_FORCE_ISA", "none")
+    before = dispatch.counts["multiply"]
+    product(term, inputs)
+    product(copy.deepcopy(term), inputs)
+    assert len(looks) == 3 and dispatch.counts["multiply"] == before
+
+
+def test_what_is_made_anew_for_each_product_is_not_kept(looks):
+    scales = Dense((torch.rand(48, 2) + 0.1).half())  # another term, which is decoded for the kernel
+    for term in (uniform(scales), Stepped.from_codes(torch.randint(4, (48, 64)), scales, None, bits=2, group_size=32)):
+        product(term, torch.randn(2, 64))
+        product(term, torch.randn(2, 64))
+    assert looks == []
+
+
+def test_gradients_and_other_inputs_take_the_way_they_did():
+    term, asked = uniform(), torch.randn(2, 64, requires_grad=True)
+    term.matmul(asked).sum().backward()
+    assert torch.allclose(asked.grad, term.define().sum(0).expand(2, 64))
+    product(term, torch.randn(2, 64))
+    term.scales.requires_grad_()
+    assert term.matmul(torch.randn(2, 64)).requires_grad
+    with torch.no_grad():
+        product(term, torch.randn(40, 64))  # more than a few vectors
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            term.matmul(torch.randn(2, 63))
+
+
+def test_layouts_and_digits_that_are_wrong_are_refused():
+    found = uniform().described()
+    held = native.buffers(found.tensors)
+    with pytest.raises(ValueError, match="a buffer is not of the size"):
+        native._extension.Matrix("scalar", found.layout, [held[0], held[1] - 1, *held[2:]])
+    with pytest.raises(ValueError, match="a layout ends too early"):
+        native._extension.Matrix("scalar", found.layout[:-1], held)
+    matrix, inputs, outputs = native._extension.Matrix("scalar", found.layout, held), torch.zeros(1, 64), torch.zeros(1, 48)
+    for vectors, digits in ((-1, 3), (2**60, 3), (1, 0), (1, 4)):
+        with pytest.raises(ValueError, match=r"out of range|1 to 3 digits"):
+            matrix.multiply(inputs.data_ptr(), outputs.data_ptr(), vectors, 0, 1, digits)
