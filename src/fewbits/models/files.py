@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from fewbits.core.errors import InputError, reason_of
 from fewbits.kernels import native
+
+_AHEAD = 2**20  # bytes of a file that are asked for at a time; systems read no more than a few million for one call
 
 
 def open_file(path: Path) -> Any:
@@ -37,9 +40,9 @@ class WholeFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self._mapped = path, open_file(path)
-        if hasattr(os, "posix_fadvise"):  # a disk gives a file faster than the pieces that are asked for one by one
-            with open(path, "rb") as raw:
-                os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        self._closed = threading.Event()
+        if hasattr(os, "posix_fadvise"):
+            threading.Thread(target=_ask_for, args=(path, self._closed), daemon=True).start()
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that lies in the file. Raises InputError where the file does not hold it, or ends before it does."""
@@ -51,3 +54,13 @@ class WholeFile:
     def close(self) -> None:
         """The file stays mapped as long as one of its tensors lives."""
         self._mapped = None
+        self._closed.set()
+
+
+def _ask_for(path: Path, closed: threading.Event) -> None:
+    """Has the system read a file ahead of who reads it: a disk is not waited for while what came before is worked on."""
+    with open(path, "rb") as raw:
+        for start in range(0, os.fstat(raw.fileno()).st_size, _AHEAD):
+            if closed.is_set():
+                return
+            os.posix_fadvise(raw.fileno(), start, _AHEAD, os.POSIX_FADV_WILLNEED)
