@@ -17,7 +17,9 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="the native kerne
 def uniform(scales=None) -> Uniform:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(16, (48, 64), generator=generator)
-    return Uniform.from_codes(codes, torch.rand(48, 2, generator=generator) + 0.1 if scales is None else scales, None, bits=4, group_size=32)
+    return Uniform.from_codes(
+        codes, torch.rand(48, 2, generator=generator) + 0.1 if scales is None else scales, None, bits=4, group_size=32
+    )
 
 
 def product(term, inputs):
