@@ -46,11 +46,11 @@ def test_tokens_are_those_of_the_models_own_forward(kind, dtype, compressed, ass
     for mask in (False, True):
         found, ran = run(lambda mask=mask: logits(model, kept[mask], mask=mask))
         assert ran == {"decoder_stack": SINGLE, "decoder_step": 2}
-        assert_close(found, expected)
+        assert_close(found, expected, 1.5)  # numbers between layers may be rounded up in one and down in the other
     stack_by_itself(model)
     found, ran = run(lambda: logits(model, kept[2]))
     assert "decoder_stack" not in ran
-    assert_close(found, expected)
+    assert_close(found, expected, 1.5)
     for first, second, steps in zip(*(cache.layers for cache in kept), strict=True):  # but for the last norm, bit for bit
         for side in ("keys", "values"):
             assert torch.equal(getattr(first, side), getattr(steps, side)) and torch.equal(getattr(second, side), getattr(steps, side))
@@ -79,7 +79,8 @@ def test_threads_and_digits_are_asked_for_at_every_token(monkeypatch, on_threads
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     monkeypatch.setenv("FEWBITS_INPUT_DIGITS", "1")
     fewer, ran = run(lambda: logits(model))
-    assert ran["decoder_stack"] == SINGLE and fewer.isfinite().all() and not torch.equal(fewer, found[0])
+    assert ran["decoder_stack"] == SINGLE and fewer.isfinite().all()
+    assert torch.equal(fewer, found[0]) == (native.chosen() not in ("avx2", "avx512vnni", "neondot"))  # others compute in floats
 
 
 @pytest.mark.parametrize("tokens", [510, 511, 512, 1030])
