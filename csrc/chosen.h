@@ -17,6 +17,7 @@
 #include FEWBITS_LINES
 #endif
 #ifdef FEWBITS_TABLES  // and of what is looked up in tables
+#include "avx512vnni/row_levels.h"
 #include "avx512vnni/sum_lines.h"
 #include "avx512vnni/words.h"
 #endif
@@ -48,7 +49,12 @@ static ternary::Plan ternary_plan(const Product& product) { return ternary::make
 #endif
 
 // Of codes that lie by rows, or are brought there.
-static Way find_way_by_rows(const Coded& w, int64_t vectors) {
+static Way find_way_by_rows(const Coded& w, int64_t vectors, int digits) {
+#ifdef FEWBITS_TABLES
+  if (row_levels::serves(w, vectors, digits)) {
+    return {row_levels::prepared_floats, row_levels::prepare, [](const Coded&, int64_t) -> int64_t { return 0; }, row_levels::multiply};
+  }
+#endif
 #ifdef FEWBITS_FIXED
   fixed::Plan plan;
   if (ternary::serves(w)) {
@@ -59,7 +65,7 @@ static Way find_way_by_rows(const Coded& w, int64_t vectors) {
               ternary::multiply(product, ternary_plan(product), prepared, first, last, scratch);
             }};
   }
-  if (fixed::make_plan(w, vectors, most_digits, plan)) {
+  if (fixed::make_plan(w, vectors, digits, plan)) {
     return {[](const Product& product) { return fixed::prepared_floats(*product.matrix, fixed_plan(product)); },
             [](const Product& product, int64_t vector, float* room) { fixed::prepare(product, fixed_plan(product), vector, room); },
             [](const Coded& w, int64_t vectors) {
@@ -99,11 +105,11 @@ static void multiply_from_lines(const Product& product, const float* prepared, i
     }
     Product some = product;
     some.matrix = &rows;
-    find_way_by_rows(rows, product.vectors).multiply(some, prepared, row, row + line_rows, reinterpret_cast<float*>(room));
+    find_way_by_rows(rows, product.vectors, product.digits).multiply(some, prepared, row, row + line_rows, reinterpret_cast<float*>(room));
   }
 }
 
-static Way find_way(const Coded& w, int64_t vectors) {
+static Way find_way(const Coded& w, int64_t vectors, int digits) {
 #ifdef FEWBITS_TABLES
   if (word_tables::serves(w, vectors)) {
     return {word_tables::prepared_floats, word_tables::prepare, [](const Coded& w, int64_t) { return vectors::scratch_floats(w); },
@@ -135,24 +141,26 @@ static Way find_way(const Coded& w, int64_t vectors) {
     return {lines::prepared_floats, lines::prepare, [](const Coded& w, int64_t) { return lines::scratch_floats(w); }, lines::multiply};
   }
 #endif
-  Way way = find_way_by_rows(w, vectors);
+  Way way = find_way_by_rows(w, vectors, digits);
   if (w.lines) way.multiply = multiply_from_lines;
   return way;
 }
 
-static int64_t prepared_floats(const Product& product) { return find_way(*product.matrix, product.vectors).prepared_floats(product); }
+static Way find_way(const Product& product) { return find_way(*product.matrix, product.vectors, product.digits); }
+
+static int64_t prepared_floats(const Product& product) { return find_way(product).prepared_floats(product); }
 
 static void prepare(const Product& product, int64_t vector, float* room) {
-  find_way(*product.matrix, product.vectors).prepare(product, vector, room);
+  find_way(product).prepare(product, vector, room);
 }
 
 static int64_t parts(const Product& product) {
-  const Way way = find_way(*product.matrix, product.vectors);
+  const Way way = find_way(product);
   return way.parts == nullptr ? 0 : way.parts(product);
 }
 
 static void make_part(const Product& product, int64_t part, float* room) {
-  find_way(*product.matrix, product.vectors).make_part(product, part, room);
+  find_way(product).make_part(product, part, room);
 }
 
 // Bytes of sixteen rows of what may lie in lines.
@@ -163,12 +171,12 @@ static int64_t bytes_of_lines(const Coded& w) {
 
 // For products, and where codes can be decoded, for that too.
 static int64_t scratch_floats(const Coded& w, int64_t vectors) {
-  const int64_t own = find_way(w, vectors).scratch_floats(w, vectors);
+  const int64_t own = find_way(w, vectors, most_digits).scratch_floats(w, vectors);
   return w.form == Coded::packed ? own + FEWBITS_ISA::scratch_floats(w, vectors) + bytes_of_lines(w) / 4 : own;
 }
 
 static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
-  find_way(*product.matrix, product.vectors).multiply(product, prepared, first, last, scratch);
+  find_way(product).multiply(product, prepared, first, last, scratch);
 }
 
 #ifdef FEWBITS_LINES

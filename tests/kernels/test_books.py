@@ -12,6 +12,7 @@ from fewbits.formats.power import Power
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
 
+ROUNDED = {1: 2**-5, 2: 2**-13}  # of the largest |input| times the largest |weight| there can be, for each square root of a column
 LIMIT = 1e-6  # of the sum of |input| times the largest |weight| of the row: what sums of float32 products may be off by
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 
@@ -66,6 +67,37 @@ def test_runs_of_rows_agree(bits, ends, columns, of, group_size, vectors):
             patch.setenv("FEWBITS_FORCE_ISA", name)
             assert torch.equal(term.decode(), term.define())
             assert_agrees(term, torch.randn(vectors, columns, generator=generator))
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("ends", [(), (3, 3, 13)])
+@pytest.mark.parametrize("columns", [1, 70, 128, 1000])
+def test_levels_of_rows_and_inputs_of_fewer_digits(isa, digits, ends, columns, monkeypatch):
+    monkeypatch.setenv("FEWBITS_INPUT_DIGITS", str(digits))
+    generator = torch.Generator().manual_seed(columns)
+    runs = len(ends) or 13
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        scales = torch.rand(runs, 1, generator=generator).to(dtype) + 0.5
+        levels = torch.randn(runs, 1, 16, generator=generator).to(dtype) + torch.arange(runs)[:, None, None]  # ranges away from zero
+        levels[-1] = levels[-1, :, :1]  # no range at all
+        codes = torch.randint(16, (13, columns), generator=generator)
+        for stored in (None, scales):
+            term = Codebook.from_codes(codes, levels.to(dtype), stored, bits=4, row_ends=ends)
+            wide, reach = term.define(torch.float64), float(levels.abs().max() * (1 if stored is None else scales.max()))
+            for vectors in (1, 3, 4, 5):
+                inputs = torch.randn(vectors, columns, generator=generator)
+                rounded = ROUNDED[digits] * columns**0.5 * inputs.double().abs().amax(-1, keepdim=True) * reach
+                limit = rounded + LIMIT * inputs.double().abs().sum(-1, keepdim=True) * wide.abs().amax(1)
+                assert bool(((term.matmul(inputs).double() - inputs.double() @ wide.T).abs() <= limit).all())
+
+
+def test_levels_of_a_row_that_are_not_finite_give_what_is_not(isa):
+    levels = torch.randn(6, 1, 16, generator=torch.Generator().manual_seed(0))
+    term = Codebook.from_codes(torch.arange(96).view(6, 16) % 16, levels, None, bits=4)
+    for wrong in (torch.inf, -torch.inf, torch.nan):
+        term.levels[2, 0, 5] = wrong
+        found = term.matmul(torch.ones(1, 16, dtype=torch.bfloat16))[0].isfinite()
+        assert found.tolist() == [True, True, False, True, True, True]
 
 
 def test_runs_of_rows_by_hand(isa):

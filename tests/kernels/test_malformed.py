@@ -26,7 +26,7 @@ from fewbits.formats.stepped import Stepped
 from fewbits.formats.ternary import Ternary
 from fewbits.formats.transposed import Transposed
 from fewbits.formats.uniform import Uniform
-from fewbits.kernels import layout, native
+from fewbits.kernels import dispatch, layout, native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 ROWS, COLUMNS = 12, 96
@@ -90,6 +90,7 @@ def _describe(term: Term) -> layout.Description:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "multiply", remember)
+        patch.setattr(dispatch, "multiply_term", lambda _, describe, inputs: dispatch.multiply(describe(), inputs))
         term.matmul(torch.zeros(1, COLUMNS))
     return seen[0]
 
