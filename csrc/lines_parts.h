@@ -21,8 +21,9 @@ static bool fits(const Coded& w, int level_bits) {
   return w.form == Coded::packed && w.lines && codes && whole;
 }
 
+static inline int64_t whole_tile(int64_t vectors);  // of an instruction set: so many vectors, or more, which are then zeros
 static inline int64_t tiles_of(int64_t vectors) { return ceiling(vectors, most_vectors); }
-static inline int64_t tile_of(int64_t vectors) { return ceiling(vectors, tiles_of(vectors)); }
+static inline int64_t tile_of(int64_t vectors) { return whole_tile(ceiling(vectors, tiles_of(vectors))); }
 
 // ---- inputs ---------------------------------------------------------------------------------------------------------------
 
@@ -142,8 +143,8 @@ static Grid find_grid(const Coded& w, const Levels* levels, int64_t row, float* 
 // Sums of sixteen rows as numbers of the outputs' type from place `at` on.
 static void put_line(const Product& product, int64_t at, const float* sums);
 
-// Rows first to last, whole sixteens of them. `Kernel`, an instruction set's own for a width of codes and for digits, is made of a matrix, its
-// levels, if there are any, and how many vectors a tile has; it multiplies sixteen rows with a tile: sums [vectors, 16].
+// Rows first to last, whole sixteens of them. `Kernel`, an instruction set's own for a width of codes and for digits if it is `served`, is made of a
+// matrix, its levels, if there are any, and how many vectors a tile has; it multiplies sixteen rows with a tile: sums [vectors, 16].
 template <class Kernel>
 static void multiply_as(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
   const Coded& w = *product.matrix;
@@ -163,17 +164,22 @@ static void multiply_as(const Product& product, const float* prepared, int64_t f
   }
 }
 
+template <class Kernel>
+static void multiply_served(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
+  if constexpr (Kernel::served) multiply_as<Kernel>(product, prepared, first, last, scratch);
+}
+
 template <template <int, int> class Kernel, int Digits>
 static void multiply_digits(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
   switch (product.matrix->bits) {
-    case 1: return multiply_as<Kernel<1, Digits>>(product, prepared, first, last, scratch);
-    case 2: return multiply_as<Kernel<2, Digits>>(product, prepared, first, last, scratch);
-    case 3: return multiply_as<Kernel<3, Digits>>(product, prepared, first, last, scratch);
-    case 4: return multiply_as<Kernel<4, Digits>>(product, prepared, first, last, scratch);
-    case 5: return multiply_as<Kernel<5, Digits>>(product, prepared, first, last, scratch);
-    case 6: return multiply_as<Kernel<6, Digits>>(product, prepared, first, last, scratch);
-    case 7: return multiply_as<Kernel<7, Digits>>(product, prepared, first, last, scratch);
-    default: return multiply_as<Kernel<8, Digits>>(product, prepared, first, last, scratch);
+    case 1: return multiply_served<Kernel<1, Digits>>(product, prepared, first, last, scratch);
+    case 2: return multiply_served<Kernel<2, Digits>>(product, prepared, first, last, scratch);
+    case 3: return multiply_served<Kernel<3, Digits>>(product, prepared, first, last, scratch);
+    case 4: return multiply_served<Kernel<4, Digits>>(product, prepared, first, last, scratch);
+    case 5: return multiply_served<Kernel<5, Digits>>(product, prepared, first, last, scratch);
+    case 6: return multiply_served<Kernel<6, Digits>>(product, prepared, first, last, scratch);
+    case 7: return multiply_served<Kernel<7, Digits>>(product, prepared, first, last, scratch);
+    default: return multiply_served<Kernel<8, Digits>>(product, prepared, first, last, scratch);
   }
 }
 

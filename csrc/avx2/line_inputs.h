@@ -1,6 +1,6 @@
 // How inputs meet codes that lie in lines, with AVX2, and in which order they lie: bytes with bytes, or 16 bits with 16 bits.
 //
-// Up to five bits, codes are bytes that are multiplied with digits of 8 bits and summed in 16 bits as often as those hold. Wider ones are 16 bits,
+// Up to four bits, codes are bytes that are multiplied with digits of 8 bits and summed in 16 bits as often as those hold. Codes of eight are 16 bits,
 // and so are inputs then: whole where they have two digits, in halves of 12 bits where they have three. Levels are whole numbers of 16 bits, which
 // meet digits of 8 bits; where inputs have three digits, both are halves of 12 bits.
 #pragma once
@@ -18,7 +18,7 @@ struct Form {
 };
 
 constexpr Form form_of(int bits, int digits, bool looked) {
-  const bool bytes = !looked && bits <= 5, whole = digits == 1 || (digits == 2 && !looked);
+  const bool bytes = !looked && bits <= 4, whole = digits == 1 || (digits == 2 && !looked);
   const int parts = bytes ? digits : whole ? 1 : 2;
   return {bytes, looked, parts, looked && digits == 3 ? 2 : 1, bytes || digits < 3 ? 8 : 12, bytes ? parts : 2 * parts};
 }

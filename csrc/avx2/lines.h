@@ -22,7 +22,10 @@ namespace lines {
 constexpr int64_t bytes_ahead = 1 << 14;  // of what is fetched, into the second cache
 constexpr int level_bits = 4;             // of levels that one instruction looks up
 
-static bool serves(const Coded& w) { return fits(w, level_bits); }
+// Other widths and other numbers of vectors would take as long to compile again as these do.
+constexpr bool serves_width(int bits) { return bits <= 4 || bits == 8; }
+static inline int64_t whole_tile(int64_t vectors) { return vectors == 3 ? 4 : vectors; }
+static bool serves(const Coded& w) { return serves_width(w.bits) && fits(w, level_bits); }
 
 // ---- scales ---------------------------------------------------------------------------------------------------------------
 
@@ -198,7 +201,7 @@ static inline __attribute__((always_inline)) void widen(Sums<S, Halves, Vectors>
   }
 }
 
-// A run of columns. `Begins` says whether sums in 16 bits begin with it, if they do not anyway.
+// A run of columns. `Begins` says whether sums in 16 bits begin with it.
 template <int Bits, int Digits, bool Looked, int Halves, int Vectors, bool Begins, int... K>
 static inline __attribute__((always_inline)) void add_run(const uint8_t* from, const int32_t* inputs, const __m256i* tables,
                                                           Sums<Shape<Bits, Digits, Looked>, Halves, Vectors>& sums, std::integer_sequence<int, K...>) {
@@ -210,8 +213,7 @@ static inline __attribute__((always_inline)) void add_run(const uint8_t* from, c
   const auto add = [&](auto k) __attribute__((always_inline)) {
     constexpr int at = decltype(k)::value;
     if constexpr (S::bytes) {
-      if constexpr (S::most < 8 && at > 0 && at % S::most == 0) widen<S, Halves, Vectors>(sums);
-      add_bytes<Bits, Digits, Halves, Vectors, at, S::most < 8 ? at % S::most == 0 : Begins && at == 0>(from, inputs, sums.narrow);
+      add_bytes<Bits, Digits, Halves, Vectors, at, Begins && at == 0>(from, inputs, sums.narrow);
     } else if constexpr (Looked) {
       add_levels<Bits, S, Halves, Vectors, at>(from, inputs, tables, sums.wide);
     } else {
@@ -321,13 +323,13 @@ static Sixteen find_function(int64_t vectors) {
   switch (vectors) {
     case 1: return multiply_sixteen<Bits, Digits, Looked, 1>;
     case 2: return multiply_sixteen<Bits, Digits, Looked, 2>;
-    case 3: return multiply_sixteen<Bits, Digits, Looked, 3>;
     default: return multiply_sixteen<Bits, Digits, Looked, 4>;
   }
 }
 
 template <int Bits, int Digits>
 struct Kernel {
+  static constexpr bool served = serves_width(Bits);
   static constexpr int level_bytes = Digits == 3 ? 3 : 2;
   __m256i tables[4] = {};  // of a plane's low and high bytes
   Sixteen function;

@@ -16,6 +16,7 @@ constexpr int64_t longest = 1 << 14;   // columns whose products are summed in 3
 constexpr int64_t bytes_ahead = 1 << 14;  // of what is fetched, into the second cache
 constexpr int64_t small_group = 64;     // columns up to which scaling sums takes as long as memory does
 
+static inline int64_t whole_tile(int64_t vectors) { return vectors; }
 static bool serves(const Coded& w) { return fits(w, most_level_bits); }
 
 // ---- inputs ---------------------------------------------------------------------------------------------------------------
@@ -218,6 +219,7 @@ static Sixteen find_function(const Coded& w, int64_t vectors) {
 
 template <int Bits, int Digits>
 struct Kernel {
+  static constexpr bool served = true;
   static constexpr int level_bytes = Digits == 1 ? 2 : Digits;
   __m512i tables[3] = {};
   Sixteen function;
