@@ -10,6 +10,8 @@
 // that multiplies them, too: so sums that do not fit have a unit of their own, a power of two times the group's. A word in which a group ends
 // has tables for either group, with inputs of zero for the columns that are the other's. Tables are made once for a product.
 #pragma once
+#include <numeric>
+
 #include "lines.h"
 
 namespace fewbits {
@@ -32,11 +34,10 @@ static inline int64_t plane_bytes(const Coded& w) { return word_bytes * (w.bits 
 static inline int64_t first_word(const Coded& w, int64_t group) { return group * w.group / word_columns(w); }
 static inline int64_t end_word(const Coded& w, int64_t group) { return ceiling(least((group + 1) * w.group, w.columns), word_columns(w)); }
 
-// Words with tables, those in which a group ends counted for either.
+// Words with tables: all of a row, and those in which a group ends once more.
 static int64_t words_of(const Coded& w) {
-  int64_t words = 0;
-  for (int64_t g = 0; g < w.groups; ++g) words += end_word(w, g) - first_word(w, g);
-  return words;
+  const int64_t columns = word_columns(w), inside = w.groups - 1, every = columns / std::gcd(columns, w.group);  // such an end is a word's, too
+  return ceiling(w.columns, columns) + inside - inside / every;
 }
 
 static bool serves(const Coded& w, int64_t vectors) {

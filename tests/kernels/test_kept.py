@@ -23,7 +23,7 @@ def uniform(scales=None) -> Uniform:
     )
 
 
-def product(term, inputs):
+def assert_product_agrees(term, inputs):
     torch.testing.assert_close(term.matmul(inputs), inputs @ term.define().T, atol=1e-4, rtol=1e-4)
 
 
@@ -38,8 +38,8 @@ def looks(monkeypatch):
 def test_a_term_is_looked_at_once_and_forgotten_with_it(looks):
     term, inputs, before = uniform(), torch.randn(3, 64), dispatch.counts["multiply"]
     for _ in range(3):
-        product(term, inputs)
-    product(term, torch.randn(64))
+        assert_product_agrees(term, inputs)
+    assert_product_agrees(term, torch.randn(64))
     assert looks == [native.chosen()] and dispatch.counts["multiply"] == before + 4
     kept = weakref.ref(dispatch._KEPT_MATRICES[term])
     del term
@@ -49,25 +49,25 @@ def test_a_term_is_looked_at_once_and_forgotten_with_it(looks):
 
 def test_it_is_looked_at_again_where_its_memory_moved_or_other_kernels_were_asked_for(looks, monkeypatch):
     term, inputs = uniform(), torch.randn(2, 64)
-    product(term, inputs)
+    assert_product_agrees(term, inputs)
     term.codes.share_memory_()
-    product(term, inputs)
+    assert_product_agrees(term, inputs)
     assert len(looks) == 2
     monkeypatch.setenv("FEWBITS_FORCE_ISA", "scalar")
-    product(term, inputs)
+    assert_product_agrees(term, inputs)
     assert looks[2:] == ["scalar"]
     monkeypatch.setenv("FEWBITS_FORCE_ISA", "none")
     before = dispatch.counts["multiply"]
-    product(term, inputs)
-    product(copy.deepcopy(term), inputs)
+    assert_product_agrees(term, inputs)
+    assert_product_agrees(copy.deepcopy(term), inputs)
     assert len(looks) == 3 and dispatch.counts["multiply"] == before
 
 
 def test_what_is_made_anew_for_each_product_is_not_kept(looks):
     scales = Dense((torch.rand(48, 2) + 0.1).half())  # another term, which is decoded for the kernel
     for term in (uniform(scales), Stepped.from_codes(torch.randint(4, (48, 64)), scales, None, bits=2, group_size=32)):
-        product(term, torch.randn(2, 64))
-        product(term, torch.randn(2, 64))
+        assert_product_agrees(term, torch.randn(2, 64))
+        assert_product_agrees(term, torch.randn(2, 64))
     assert looks == []
 
 
@@ -75,11 +75,11 @@ def test_gradients_and_other_inputs_take_the_way_they_did():
     term, asked = uniform(), torch.randn(2, 64, requires_grad=True)
     term.matmul(asked).sum().backward()
     assert torch.allclose(asked.grad, term.define().sum(0).expand(2, 64))
-    product(term, torch.randn(2, 64))
+    assert_product_agrees(term, torch.randn(2, 64))
     term.scales.requires_grad_()
     assert term.matmul(torch.randn(2, 64)).requires_grad
     with torch.no_grad():
-        product(term, torch.randn(40, 64))  # more than a few vectors
+        assert_product_agrees(term, torch.randn(40, 64))  # more than a few vectors
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             term.matmul(torch.randn(2, 63))
 

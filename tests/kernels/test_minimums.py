@@ -72,7 +72,7 @@ def assert_agrees(term: Stepped, inputs: Tensor, found: Tensor) -> None:
     assert found.dtype == inputs.dtype and bool(((found.double() - expected).abs() <= limit).all())
 
 
-def products(term: Stepped, inputs: Tensor) -> None:
+def assert_products_agree(term: Stepped, inputs: Tensor) -> None:
     before = dispatch.counts.copy()
     assert_agrees(term, inputs, term.matmul(inputs))
     assert dispatch.counts["multiply"] + dispatch.counts["decode"] > before["multiply"] + before["decode"]  # a kernel ran
@@ -89,7 +89,7 @@ def test_every_width_and_kind_of_minimums(isa, bits, kind):
     for place, (rows, columns, group_size, vectors) in enumerate(shapes):
         term, dtype = stepped(kind, rows, columns, bits, group_size), list(ROUNDED_TO)[(place + bits) % 3]
         assert torch.equal(term.decode(dtype), term.define(dtype))
-        products(term, sample(vectors, columns, seed=vectors).to(dtype))
+        assert_products_agree(term, sample(vectors, columns, seed=vectors).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", ROUNDED_TO)
@@ -97,7 +97,7 @@ def test_every_width_and_kind_of_minimums(isa, bits, kind):
 def test_every_number_of_vectors(isa, kind, bits, dtype):
     term = stepped(kind, 32, 192, bits, 32)
     for vectors in range(1, 41):
-        products(term, sample(vectors, 192, seed=vectors).to(dtype))
+        assert_products_agree(term, sample(vectors, 192, seed=vectors).to(dtype))
 
 
 @settings(deadline=None, max_examples=40)
@@ -115,7 +115,7 @@ def test_any_shape(kind, bits, rows, columns, group_size, vectors, dtype):
     with pytest.MonkeyPatch.context() as patch:
         for name in native.available():
             patch.setenv("FEWBITS_FORCE_ISA", name)
-            products(term, inputs)
+            assert_products_agree(term, inputs)
             assert torch.equal(term.decode(dtype), term.define(dtype))
 
 
@@ -125,7 +125,7 @@ def test_inputs_of_fewer_digits(isa, digits, monkeypatch):
     for bits in (1, 4, 5, 8):
         for kind in ("missing", "float16", "two levels"):
             for vectors in (1, 6, 40):
-                products(stepped(kind, 32, 512, bits, 32), sample(vectors, 512))
+                assert_products_agree(stepped(kind, 32, 512, bits, 32), sample(vectors, 512))
 
 
 @pytest.mark.parametrize("dtype", ROUNDED_TO)
@@ -210,4 +210,4 @@ def test_minimums_that_all_rows_share(isa):
     term = stepped("float16", 32, 128, 4, 32)
     shared = replace(term, minimums=term.minimums[:1].clone())
     for inputs in (sample(1, 128), sample(40, 128)):
-        products(shared, inputs)
+        assert_products_agree(shared, inputs)

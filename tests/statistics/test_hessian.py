@@ -50,8 +50,11 @@ def test_every_kernel_sums_what_float64_does(monkeypatch, isa, dtype, tokens, fe
 
 @pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
 @pytest.mark.parametrize("isa", native.available())
-def test_threads_change_nothing_and_a_kernel_serves(monkeypatch, isa):
+def test_threads_change_nothing_and_a_kernel_serves_where_it_is_the_faster_way(monkeypatch, isa):
     monkeypatch.setenv("FEWBITS_FORCE_ISA", isa)
+    if not isa.startswith("avx"):
+        assert not native.add_products(torch.ones(4, 3), torch.zeros(3, 3))
+        return
     inputs, before, found = torch.randn(700, 200, generator=torch.Generator().manual_seed(0)), torch.get_num_threads(), []
     for threads in (1, 3):
         torch.set_num_threads(threads)

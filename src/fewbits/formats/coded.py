@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewbits.core.tensor import Term
 from fewbits.kernels import dispatch, sums
-from fewbits.kernels.layout import ABSENT, Description, dense, nested
+from fewbits.kernels.layout import ABSENT, Description, dense, lasting, nested
 
 
 class Described(Term):
@@ -64,10 +64,7 @@ def _described_sum(terms: tuple[Term, ...]) -> Description | None:
 
 def describe_lasting(terms: tuple[Term, ...], biases: Sequence[Tensor] = ()) -> Description | None:
     """The sum of `terms` and `biases [rows]` as kernels read it, where all its numbers are stored ones and none is made for kernels."""
-    found, again = (sums.describe_sum(describe_terms(terms), biases) for _ in range(2))
-    if found is None or again is None or any(one is not two for one, two in zip(found.tensors, again.tensors, strict=True)):
-        return None
-    return found
+    return lasting(lambda: sums.describe_sum(describe_terms(terms), biases))
 
 
 def describe_terms(terms: tuple[Term, ...]) -> list[sums.Factors] | None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.kernels import native
-from fewbits.kernels.layout import MIXED, SIGNED, Description, entries, has_codes
+from fewbits.kernels.layout import MIXED, SIGNED, Description, entries, has_codes, lasting
 from fewbits.kernels.triton import gpu
 
 FEW_VECTORS = 32  # up to which every kernel takes codes as they are; above, those that decode a panel of rows for all vectors
@@ -89,8 +89,8 @@ def _kept_matrix(term: object, describe: Callable[[], Description | None], input
 
 def _look_at(describe: Callable[[], Description | None], isa: str) -> native.Matrix | Literal[False]:
     """False where no kernel of the CPU reads what is stored, or a number is made anew for each product."""
-    matrix, again = describe(), describe()
-    if matrix is None or again is None or any(one is not two for one, two in zip(matrix.tensors, again.tensors, strict=True)):
+    matrix = lasting(describe)
+    if matrix is None:
         return False
     whole = min(matrix.layout[:2]) > 0 and all(tensor.is_contiguous() for tensor in matrix.tensors)
     if not whole or any(tensor.device.type != "cpu" for tensor in matrix.tensors):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -42,7 +42,8 @@ class WholeFile:
         self.path, self._mapped = path, open_file(path)
         self._closed = threading.Event()
         if hasattr(os, "posix_fadvise"):
-            threading.Thread(target=_ask_for, args=(path, self._closed), daemon=True).start()
+            raw = open(path, "rb")  # noqa: SIM115 - closed by the thread
+            threading.Thread(target=_ask_for, args=(raw, self._closed), daemon=True).start()
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that lies in the file. Raises InputError where the file does not hold it, or ends before it does."""
@@ -57,9 +58,9 @@ class WholeFile:
         self._closed.set()
 
 
-def _ask_for(path: Path, closed: threading.Event) -> None:
+def _ask_for(raw: BinaryIO, closed: threading.Event) -> None:
     """Has the system read a file ahead of who reads it: a disk is not waited for while what came before is worked on."""
-    with open(path, "rb") as raw:
+    with raw:
         for start in range(0, os.fstat(raw.fileno()).st_size, _AHEAD):
             if closed.is_set():
                 return

@@ -29,8 +29,7 @@ class Hessian(Accumulator):
             self._sums = self._sums.double()
         sums = self._totals()
         inputs = checked_tokens(inputs, self.features)
-        if weights is not None or not native.add_products(inputs, sums):
-            _add_products(inputs.to(sums.dtype), weights, sums)
+        _add_products(inputs, weights, sums)
         self.count += len(inputs) if weights is None else float(weights.sum())
 
     def merge(self, other: Self) -> None:
@@ -62,9 +61,13 @@ class Hessian(Accumulator):
 
 
 def _add_products(inputs: Tensor, weights: Tensor | None, sums: Tensor) -> None:
-    """sums += inputs^T diag(weights) inputs in blocks on and above the diagonal; all in the dtype of `sums`."""
+    """sums += inputs^T diag(weights) inputs on and above the diagonal: by a kernel of the inputs' dtype or of float32 where there are no
+    weights, else in blocks, in the dtype of `sums`.
+    """
     if weights is None and native.add_products(inputs, sums):
         return
+    if inputs.dtype != sums.dtype:
+        return _add_products(inputs.to(sums.dtype), weights, sums)
     weighted = inputs if weights is None else inputs * weights.to(inputs.dtype)[:, None]
     step = max(128, -(-len(sums) // 8))
     for start in range(0, len(sums), step):

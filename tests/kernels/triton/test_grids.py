@@ -12,20 +12,6 @@ SHAPES = ((9, 300, None), (5, 700, 256), (10, 390, 128), (3, 130, 32), (9, 250, 
 VECTORS = (1, 2, 7, 8, 9, 20, 33)
 
 
-def uniform(bits: int, shape: tuple[int, int, int | None], zeros: str, dtype: torch.dtype, shared: bool = False) -> Uniform:
-    rows, columns, group_size = shape
-    generator = torch.Generator().manual_seed(bits)
-    groups, scale_rows = -(-columns // (group_size or columns)), 1 if shared else rows
-    codes = torch.randint(2**bits, (rows, columns), generator=generator)
-    scales = (torch.rand(scale_rows, groups, generator=generator) + 0.1).to(dtype)
-    zero_points = {
-        "symmetric": None,
-        "integer": torch.randint(2**bits, (scale_rows, groups), generator=generator),
-        "real": (torch.randn(scale_rows, groups, generator=generator) * 2**bits).to(dtype),
-    }[zeros]
-    return Uniform.from_codes(codes, scales, zero_points, bits=bits, group_size=group_size)
-
-
 def reach(term: Uniform) -> Tensor:
     """The largest |code * scale| + |zero * scale| of a row, `[rows]`."""
     largest = (2**term.bits_per_code - 1 + term.unpacked_zero_points().abs()) * term.scales.float().abs()
@@ -34,18 +20,18 @@ def reach(term: Uniform) -> Tensor:
 
 @pytest.mark.parametrize("zeros", ["symmetric", "integer", "real"])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_every_width_meets_every_grid_shape_dtype_and_batch(assert_agrees, bits, zeros):
+def test_every_width_meets_every_grid_shape_dtype_and_batch(assert_agrees, uniform, bits, zeros):
     half = (bits + len(zeros)) % 2  # of the shapes: every width meets both halves
     for place, shape in list(enumerate(SHAPES))[half::2]:
         turn = place + bits + len(zeros)  # so that dtypes and batches go round
-        term = uniform(bits, shape, zeros, DTYPES[turn % 3], shared=turn % 5 == 0)
+        term = uniform(bits, *shape, zeros, DTYPES[turn % 3], shared=turn % 5 == 0, seed=bits)
         inputs = torch.randn(VECTORS[turn % 7], shape[1], generator=torch.Generator().manual_seed(place)).to(DTYPES[turn // 3 % 3])
         assert_agrees(term, inputs, reach(term))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_decoding_is_bit_for_bit_the_definition(on_gpu, bits):
+def test_decoding_is_bit_for_bit_the_definition(on_gpu, uniform, bits):
     for place, shape in enumerate(SHAPES[bits % 4 :: 4]):
-        term = uniform(bits, shape, ("symmetric", "integer", "real")[(place + bits) % 3], DTYPES[(place + bits) % 2])
+        term = uniform(bits, *shape, ("symmetric", "integer", "real")[(place + bits) % 3], DTYPES[(place + bits) % 2], seed=bits)
         dtype = DTYPES[place % 3]
         assert torch.equal(term.decode(dtype), term.define(dtype))
