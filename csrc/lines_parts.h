@@ -31,12 +31,16 @@ static inline int64_t tile_of(int64_t vectors) { return whole_tile(ceiling(vecto
 // words, in the order in which codes leave their lines, among those of the other vectors of a tile.
 static int64_t words_of_four(const Product& product);
 static void lay_out(const Product& product, const int32_t* numbers, int64_t tile, int64_t in_tile, int32_t* to);
+struct Levels;
+// What products of levels with so many whole numbers leave out on average, in units of both.
+static float left_out_of(const Product& product, const Levels& levels, const int32_t* numbers, int64_t count);
 
-// Of a tile's vectors: words of digits [columns / 4, words of four, tile], the groups' units and sums [groups, tile]; and room to make them.
+// Of a tile's vectors: words of digits [columns / 4, words of four, tile], the groups' units, sums and what levels leave out [groups, tile]; and
+// room to make them.
 struct Inputs {
   int64_t tile, words, groups;  // of a tile: vectors, words of digits; of a vector: padded groups
   int32_t* digits;
-  float *units, *sums, *room;
+  float *units, *sums, *left_out, *room;
 
   Inputs(const Product& product, float* at) {
     const Coded& w = *product.matrix;
@@ -47,13 +51,14 @@ struct Inputs {
     digits = reinterpret_cast<int32_t*>(at);
     units = at + tiles * words;
     sums = units + tiles * tile * groups;
-    room = sums + tiles * tile * groups;
+    left_out = sums + tiles * tile * groups;
+    room = left_out + tiles * tile * groups;
   }
 };
 
 static int64_t prepared_floats(const Product& product) {
   const Coded& w = *product.matrix;
-  return tiles_of(product.vectors) * tile_of(product.vectors) * (w.columns / 4 * words_of_four(product) + 2 * padded_groups(w) + 2 * w.columns);
+  return tiles_of(product.vectors) * tile_of(product.vectors) * (w.columns / 4 * words_of_four(product) + 3 * padded_groups(w) + 2 * w.columns);
 }
 
 // The column of a run that byte `j` of the codes' register `k` holds: of whole codes in bytes, as a mask takes them out of a line.
@@ -63,24 +68,9 @@ static constexpr int column_of(int bits, int k, int j) {
   return k / fields * 4 * fields + j * fields + k % fields;
 }
 
-static void prepare(const Product& product, int64_t vector, float* memory) {
-  const Coded& w = *product.matrix;
-  const Inputs to(product, memory);
-  if (vector >= tiles_of(product.vectors) * to.tile) return;
-  const int64_t there = vector < product.vectors ? w.columns : 0, which = vector / to.tile, in_tile = vector % to.tile;
-  float *values = to.room + vector * 2 * w.columns, *units = to.units + which * to.tile * to.groups + in_tile, *sums = to.sums + which * to.tile * to.groups + in_tile;
-  int32_t* numbers = reinterpret_cast<int32_t*>(values + w.columns);
-  read_numbers(product.inputs, vector * w.columns, product.number, there, values);
-  for (int64_t c = there; c < w.columns; ++c) values[c] = 0.0f;
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const int64_t first = g * w.group, count = least(w.group, w.columns - first);
-    units[g * to.tile] = fixed::to_whole_numbers(values + first, count, 8 * product.digits - 1, numbers + first);
-    sums[g * to.tile] = static_cast<float>(fixed::sum_of_numbers(numbers + first, count));  // in units
-  }
-  lay_out(product, numbers, to.tile, in_tile, to.digits + which * to.words);
-}
+// ---- levels and scales, and inputs beside them ----------------------------------------------------------------------------
 
-// ---- levels and scales ----------------------------------------------------------------------------------------------------
+constexpr int level_bytes(int digits) { return digits == 3 ? 3 : 2; }
 
 // Levels as whole numbers of `bytes` bytes without a sign: (number - zero) * unit. What is lost is half a unit. There are as many numbers as six
 // bits can say, narrower codes' levels more than once.
@@ -106,6 +96,12 @@ struct Levels {
     }
   }
 };
+
+static std::optional<Levels> find_levels(const Product& product) {
+  const Coded& w = *product.matrix;
+  if (w.levels.kind == Values::none) return std::nullopt;
+  return std::optional<Levels>(std::in_place, w, level_bytes(product.digits));
+}
 
 // What sixteen rows have beside their codes, group by group: sixteen scales, zero points and offsets, a row a lane. Those that do not lie
 // so are brought there first, as float32.
@@ -138,6 +134,26 @@ static Grid find_grid(const Coded& w, const Levels* levels, int64_t row, float* 
   return grid;
 }
 
+static void prepare(const Product& product, int64_t vector, float* memory) {
+  const Coded& w = *product.matrix;
+  const Inputs to(product, memory);
+  if (vector >= tiles_of(product.vectors) * to.tile) return;
+  const std::optional<Levels> levels = find_levels(product);
+  const int64_t there = vector < product.vectors ? w.columns : 0, which = vector / to.tile, in_tile = vector % to.tile;
+  const int64_t of_groups = which * to.tile * to.groups + in_tile;
+  float* values = to.room + vector * 2 * w.columns;
+  int32_t* numbers = reinterpret_cast<int32_t*>(values + w.columns);
+  read_numbers(product.inputs, vector * w.columns, product.number, there, values);
+  for (int64_t c = there; c < w.columns; ++c) values[c] = 0.0f;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const int64_t first = g * w.group, count = least(w.group, w.columns - first);
+    to.units[of_groups + g * to.tile] = fixed::to_whole_numbers(values + first, count, 8 * product.digits - 1, numbers + first);
+    to.sums[of_groups + g * to.tile] = static_cast<float>(fixed::sum_of_numbers(numbers + first, count));  // in units
+    if (levels) to.left_out[of_groups + g * to.tile] = left_out_of(product, *levels, numbers + first, count);
+  }
+  lay_out(product, numbers, to.tile, in_tile, to.digits + which * to.words);
+}
+
 // ---- products -------------------------------------------------------------------------------------------------------------
 
 // Sums of sixteen rows as numbers of the outputs' type from place `at` on.
@@ -149,7 +165,7 @@ template <class Kernel>
 static void multiply_as(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
   const Coded& w = *product.matrix;
   const Inputs of(product, const_cast<float*>(prepared));
-  const std::optional<Levels> levels = w.levels.kind == Values::none ? std::nullopt : std::optional<Levels>(std::in_place, w, Kernel::level_bytes);
+  const std::optional<Levels> levels = find_levels(product);
   const Levels* found = levels ? &*levels : nullptr;
   const Kernel kernel(w, found, of.tile);
   alignas(64) float sums[most_vectors * line_rows];

@@ -150,7 +150,7 @@ Products::Products(const Kernels& kernels, const std::vector<const Sum*>& sums, 
     broken_[i].store(false);
     const Coded& matrix = *entries_[i].matrix;
     if (!entries_[i].direct) floats_ += whole_lines(vectors_ * matrix.rows);
-    if (entries_[i].inner >= 0) floats_ += whole_lines(kernels_.prepared_floats(product(i, nullptr, nullptr, Number::f32)));
+    if (entries_[i].inner >= 0) floats_ += whole_lines(kernels_.prepared_floats(product(i, nullptr, nullptr, Number::f32))) + page_floats;
     scratch_ = std::max(scratch_, whole_lines(kernels_.scratch_floats(matrix, vectors_)));
   }
 }
@@ -159,7 +159,7 @@ size_t Products::layout_for(const Coded& matrix) {
   const auto found = std::find_if(layouts_.begin(), layouts_.end(), [&](const Layout& layout) { return same_layout(*layout.matrix, matrix); });
   if (found != layouts_.end()) return static_cast<size_t>(found - layouts_.begin());
   layouts_.push_back({&matrix, nullptr});
-  floats_ += whole_lines(kernels_.prepared_floats(made_ready(layouts_.back(), nullptr)));
+  floats_ += whole_lines(kernels_.prepared_floats(made_ready(layouts_.back(), nullptr))) + page_floats;
   return layouts_.size() - 1;
 }
 
@@ -177,10 +177,11 @@ void Products::place(float* room) {
     room += whole_lines(count);
     return taken;
   };
-  for (Layout& layout : layouts_) layout.prepared = take(kernels_.prepared_floats(made_ready(layout, nullptr)));
+  const auto take_pages = [&](int64_t count) { return room = first_page(room), take(count); };
+  for (Layout& layout : layouts_) layout.prepared = take_pages(kernels_.prepared_floats(made_ready(layout, nullptr)));
   for (size_t i = 0; i < entries_.size(); ++i) {
     if (!entries_[i].direct) entries_[i].outputs = take(vectors_ * entries_[i].matrix->rows);
-    if (entries_[i].inner >= 0) entries_[i].prepared = take(kernels_.prepared_floats(product(i, nullptr, nullptr, Number::f32)));
+    if (entries_[i].inner >= 0) entries_[i].prepared = take_pages(kernels_.prepared_floats(product(i, nullptr, nullptr, Number::f32)));
   }
 }
 

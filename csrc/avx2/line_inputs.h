@@ -88,6 +88,8 @@ static void lay_out(const Product& product, const int32_t* numbers, int64_t tile
   }
 }
 
+static float left_out_of(const Product&, const Levels&, const int32_t*, int64_t) { return 0.0f; }  // nothing is
+
 }  // namespace lines
 }  // namespace FEWBITS_ISA
 }  // namespace fewbits

@@ -330,7 +330,6 @@ static Sixteen find_function(int64_t vectors) {
 template <int Bits, int Digits>
 struct Kernel {
   static constexpr bool served = serves_width(Bits);
-  static constexpr int level_bytes = Digits == 3 ? 3 : 2;
   __m256i tables[4] = {};  // of a plane's low and high bytes
   Sixteen function;
 
@@ -343,7 +342,7 @@ struct Kernel {
       for (int plane = 0; plane < planes; ++plane) {
         alignas(16) uint8_t bytes[2][16];
         for (int i = 0; i < 16; ++i) {
-          const int32_t number = levels->numbers[i] - (1 << (8 * level_bytes - 1));
+          const int32_t number = levels->numbers[i] - (1 << (8 * level_bytes(Digits) - 1));
           const int32_t cut = planes == 1 ? number : plane == 0 ? (number + 0x800) >> 12 : ((number + 0x800) & 0xfff) - 0x800;
           bytes[0][i] = static_cast<uint8_t>(cut), bytes[1][i] = static_cast<uint8_t>(cut >> 8);
         }

@@ -13,8 +13,7 @@ namespace FEWBITS_ISA {
 namespace lines {
 
 constexpr int64_t longest = 1 << 14;   // columns whose products are summed in 32 bits
-constexpr int64_t bytes_ahead = 1 << 14;  // of what is fetched, into the second cache
-constexpr int64_t small_group = 64;     // columns up to which scaling sums takes as long as memory does
+constexpr int64_t bytes_ahead = 1 << 13;  // of what is fetched, into the second cache
 
 static inline int64_t whole_tile(int64_t vectors) { return vectors; }
 static bool serves(const Coded& w) { return fits(w, most_level_bits); }
@@ -51,6 +50,25 @@ static void lay_out(const Product& product, const int32_t* numbers, int64_t tile
   }
 }
 
+static int32_t digit_of(int32_t number, int digits, int digit) {
+  const int32_t middle = 0x808080;  // of every digit: what makes them signed
+  return static_cast<int8_t>(((number + middle) ^ middle) >> (8 * (digits - 1 - digit)));
+}
+
+// Lower bytes of levels are not multiplied with lower digits of inputs: with the n-th highest digit not the n lowest bytes. What these say is put
+// back as the mean of all levels; what a level differs from it by is worth less than what inputs are rounded by.
+static float left_out_of(const Product& product, const Levels& levels, const int32_t* numbers, int64_t count) {
+  const int entries = 1 << product.matrix->bits;
+  double sum = 0.0;
+  for (int digit = 1; digit < product.digits; ++digit) {
+    int64_t digits = 0, lowest = 0;
+    for (int64_t i = 0; i < count; ++i) digits += digit_of(numbers[i], product.digits, digit);
+    for (int i = 0; i < entries; ++i) lowest += levels.numbers[i] & ((1 << (8 * digit)) - 1);
+    sum += static_cast<double>(lowest) / entries * static_cast<double>(digits * (int64_t{1} << (8 * (product.digits - 1 - digit))));
+  }
+  return static_cast<float>(sum);
+}
+
 // ---- levels and scales ----------------------------------------------------------------------------------------------------
 
 // A byte of each level in each table. Sixty-four codes are looked up at once, by six bits, of which those above narrower codes are any.
@@ -82,19 +100,31 @@ static inline __attribute__((always_inline)) __m512i add_products(__m512i sum, _
 }
 
 // How codes leave their lines and where their products are summed: in place, times a power of two, as far as there are registers. Levels'
-// bytes are multiplied each with each digit, and what has the same weight is one sum.
+// bytes are multiplied each with each digit that is worth something together, and what has the same weight is one sum.
 template <int Bits, int Digits, int Planes, int Vectors>
 struct Shape {
   static constexpr int wanted = Planes > 0 || 8 % Bits != 0 || Bits == 8 ? 1 : Bits == 4 ? 2 : 4;
   static constexpr int places = Digits * Vectors * wanted <= 24 ? wanted : 1;
-  static constexpr int weights = Planes > 0 ? Digits + Planes - 1 : Digits;
+  static constexpr int weights = Planes > Digits ? Planes : Digits;
+  static constexpr int left_out = Planes > 0 ? Digits + Planes - 1 - weights : 0;  // weights
   static constexpr int enough = Planes > 0 ? 8 : 4;  // so that no sum is waited for
   static constexpr int repeats = weights * Vectors * places < enough ? enough / (weights * Vectors * places) : 1;
   static constexpr int sets = places * repeats;
-  // Where a line is computed with for longer than memory takes for it, lines must be under way meanwhile. Where memory is waited for, it gives
-  // them one after another faster if nothing else is asked for.
-  static constexpr bool computes = 8 * Digits * Vectors * (Planes > 0 ? Planes : 1) >= (8 % Bits == 0 ? 6 : 4) * Bits;
+
+  // With how many of the highest digits a byte of levels is multiplied.
+  static constexpr int digits_of(int plane) { return weights - plane < Digits ? weights - plane : Digits; }
+  // Of a register of codes: look-ups and multiplications.
+  static constexpr int operations() {
+    int found = Planes > 0 ? Planes : Digits * Vectors;
+    for (int plane = 0; plane < Planes; ++plane) found += digits_of(plane) * Vectors;
+    return found;
+  }
 };
+
+// Which lines are asked for before they are needed. Where a line is computed with for longer than memory takes for it, lines must be under way
+// meanwhile: all of them. Where memory is waited for, one in four keeps the processor's own fetching going from page to page, and more would come
+// in its way; so would single lines of a pair, which odd widths end with, and any where codes are only multiplied once.
+enum class Fetch { none, some, all };
 
 // Register `K` of a run's codes, times 2 to the power of Bits * (K % places); what is above them is masked, or left.
 template <int Bits, int Places, int K, bool Masked>
@@ -119,7 +149,7 @@ static inline __attribute__((always_inline)) __m512i take(const __m512i* line) {
 }
 
 // A run of columns, one register of codes after the other.
-template <int Bits, int Digits, int Planes, int Vectors, bool Fetch, int... K>
+template <int Bits, int Digits, int Planes, int Vectors, Fetch Asks, int... K>
 static inline __attribute__((always_inline)) void add_run(const uint8_t* from, const int32_t* inputs, const __m512i* tables,
                                                           __m512i (*sums)[Shape<Bits, Digits, Planes, Vectors>::weights][Vectors],
                                                           std::integer_sequence<int, K...>) {
@@ -128,7 +158,8 @@ static inline __attribute__((always_inline)) void add_run(const uint8_t* from, c
 #pragma GCC unroll 8
   for (int i = 0; i < Bits; ++i) {
     line[i] = _mm512_loadu_si512(from + 64 * i);
-    if constexpr (Fetch) _mm_prefetch(reinterpret_cast<const char*>(from) + 64 * i + bytes_ahead, _MM_HINT_T1);
+    const bool asks = Asks == Fetch::all || (Asks == Fetch::some && i % 4 == 0 && i + 4 <= Bits);
+    if (asks) _mm_prefetch(reinterpret_cast<const char*>(from) + 64 * i + bytes_ahead, _MM_HINT_T1);
   }
   const auto add = [&](auto k) __attribute__((always_inline)) {
     constexpr int at = decltype(k)::value, set = at % S::places * S::repeats + at / S::places % S::repeats;
@@ -140,6 +171,7 @@ static inline __attribute__((always_inline)) void add_run(const uint8_t* from, c
       for (int v = 0; v < Vectors; ++v) {
 #pragma GCC unroll 4
         for (int d = 0; d < Digits; ++d) {
+          if (d >= S::digits_of(plane)) continue;
           sums[set][plane + d][v] = add_products(sums[set][plane + d][v], numbers, inputs + (at * Digits + d) * Vectors + v);
         }
       }
@@ -166,11 +198,12 @@ static inline __attribute__((always_inline)) __m512 join(const __m512i (*sums)[S
   return total;
 }
 
-template <int Bits, int Digits, int Planes, int Vectors, bool Fetch>
+template <int Bits, int Digits, int Planes, int Vectors, Fetch Asks>
 static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& grid, const __m512i* tables, const Inputs& of, int64_t which, float* totals) {
   using S = Shape<Bits, Digits, Planes, Vectors>;
   const int32_t* inputs = of.digits + which * of.words;
   const float *units = of.units + which * Vectors * of.groups, *input_sums = of.sums + which * Vectors * of.groups;
+  const int64_t missing = of.left_out - of.sums;  // places from a group's sums to what its levels leave out
   __m512 total[Vectors];
   for (int v = 0; v < Vectors; ++v) total[v] = _mm512_setzero_ps();
   for (int64_t column = 0, group = 0; column < w.columns; ++group, units += Vectors, input_sums += Vectors) {
@@ -178,17 +211,20 @@ static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& gr
     const __m512 scale = scale_of(grid, group), zero = zero_point_of<Bits>(grid, group);
     __m512 sum[Vectors];
 #pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) sum[v] = _mm512_mul_ps(zero, _mm512_set1_ps(-input_sums[v]));
+    for (int v = 0; v < Vectors; ++v) {
+      sum[v] = _mm512_mul_ps(zero, _mm512_set1_ps(-input_sums[v]));
+      if constexpr (S::left_out > 0) sum[v] = _mm512_add_ps(sum[v], _mm512_set1_ps(input_sums[v + missing]));
+    }
     while (column < end) {
       const int64_t to = least(column + longest, end);
       __m512i sums[S::sets][S::weights][Vectors];
 #pragma GCC unroll 32
       for (int i = 0; i < S::sets * S::weights * Vectors; ++i) (&sums[0][0][0])[i] = _mm512_setzero_si512();
       for (; column < to; column += run, from += 64 * Bits, inputs += 8 * Digits * Vectors) {
-        add_run<Bits, Digits, Planes, Vectors, Fetch>(from, inputs, tables, sums, std::make_integer_sequence<int, 8>{});
+        add_run<Bits, Digits, Planes, Vectors, Asks>(from, inputs, tables, sums, std::make_integer_sequence<int, 8>{});
       }
 #pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sum[v] = _mm512_add_ps(sum[v], join<Bits, S, Vectors>(sums, v));
+      for (int v = 0; v < Vectors; ++v) sum[v] = _mm512_fmadd_ps(join<Bits, S, Vectors>(sums, v), _mm512_set1_ps(static_cast<float>(1 << (8 * S::left_out))), sum[v]);
     }
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) total[v] = _mm512_fmadd_ps(sum[v], _mm512_mul_ps(scale, _mm512_set1_ps(units[v])), total[v]);
@@ -199,12 +235,16 @@ static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& gr
   for (int v = 0; v < Vectors; ++v) _mm512_store_ps(totals + v * line_rows, total[v]);
 }
 
-using Sixteen = decltype(&multiply_sixteen<4, 2, 0, 1, true>);
+using Sixteen = decltype(&multiply_sixteen<4, 2, 0, 1, Fetch::all>);
 
 template <int Bits, int Digits, int Planes, int Vectors>
 static Sixteen find_function(const Coded& w) {
-  constexpr bool computes = Shape<Bits, Digits, Planes, Vectors>::computes;
-  return computes || w.group <= small_group ? multiply_sixteen<Bits, Digits, Planes, Vectors, true> : multiply_sixteen<Bits, Digits, Planes, Vectors, computes>;
+  constexpr float memory = 5.5f, scaling = 12.0f;  // cycles a line, and at a group's end
+  constexpr float computing = 8.0f * Shape<Bits, Digits, Planes, Vectors>::operations();  // for 32 columns, which are `Bits` lines
+  constexpr Fetch least_asked = computing >= memory * Bits ? Fetch::all : Bits % 2 == 0 && computing > Bits ? Fetch::some : Fetch::none;
+  const float runs = static_cast<float>(least(w.group, w.columns)) / run;
+  if (scaling + computing * runs >= memory * Bits * runs) return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::all>;
+  return multiply_sixteen<Bits, Digits, Planes, Vectors, least_asked>;
 }
 
 template <int Bits, int Digits, int Planes>
@@ -220,15 +260,14 @@ static Sixteen find_function(const Coded& w, int64_t vectors) {
 template <int Bits, int Digits>
 struct Kernel {
   static constexpr bool served = true;
-  static constexpr int level_bytes = Digits == 1 ? 2 : Digits;
   __m512i tables[3] = {};
   Sixteen function;
 
   Kernel(const Coded& w, const Levels* levels, int64_t vectors) {
     function = find_function<Bits, Digits, 0>(w, vectors);
     if (levels == nullptr) return;
-    make_tables(*levels, level_bytes, tables);
-    if constexpr (Bits <= most_level_bits) function = find_function<Bits, Digits, level_bytes>(w, vectors);
+    make_tables(*levels, level_bytes(Digits), tables);
+    if constexpr (Bits <= most_level_bits) function = find_function<Bits, Digits, level_bytes(Digits)>(w, vectors);
   }
 
   void multiply(const Coded& w, const uint8_t* from, const Grid& grid, const Inputs& of, int64_t which, float* sums) const {
