@@ -86,9 +86,11 @@ def random_factors(rows: int, columns: int) -> SignedProduct:
     return SignedProduct(some_codes(rows * columns // 8), torch.randn(rows, 16).half(), torch.randn(16, columns).half())
 
 
-def random_codebook(rows: int, columns: int, each_row: bool) -> Codebook:
-    if each_row:
-        return Codebook(some_codes(rows, columns // 2), torch.randn(rows, 1, 16).half(), None, rows, columns, 4, columns)
+def codebook_of_each_row(rows: int, columns: int, bits: int) -> Codebook:
+    return Codebook(some_codes(rows, columns * bits // 8), torch.randn(rows, 1, 2**bits).half(), None, rows, columns, bits, columns)
+
+
+def random_codebook(rows: int, columns: int) -> Codebook:
     scales = torch.rand(rows, columns // 64).half()
     return Codebook(some_codes(rows, columns // 2), normal_float_levels()[None, None], scales, rows, columns, 4, 64)
 
@@ -163,12 +165,30 @@ def candidates(rows: int, columns: int) -> dict[str, list[tuple[int, Product]]]:
     heads = [rooms.moved(torch.randn(rows, columns).bfloat16()) for _ in range(2)]
     found["bfloat16, by the kernel"] = [(w.nbytes, lambda inputs, w=w: dispatch.multiply(plain(w), inputs)) for w in heads]
 
-    def of(make: Callable[[], Term], bits: int) -> list[Term]:
-        return [make() for _ in range(max(2, APART // (rows * columns * bits // 8)))]
+    terms = coded_sums(rows, columns, rooms)
+    for name, copies in terms.items():
+        products = [sums[0].matmul if len(sums) == 1 else CompressedTensor(sums).matmul for sums in copies]
+        found[name] = [(size_of(sums), product) for sums, product in zip(copies, products, strict=True)]
+    for name, transform in transforms(columns).items():
+        turned = [CompressedTensor(sums, (transform,)) for sums in terms["uniform 4 bit"]]
+        found[f"uniform 4 bit, {name}"] = [(sum(tensor.nbytes for tensor in one.tensors().values()), one.matmul) for one in turned]
+    return found
+
+
+def size_of(terms: tuple[Term, ...]) -> int:
+    return sum(tensor.nbytes for term in terms for tensor in term.tensors().values())
+
+
+def coded_sums(rows: int, columns: int, rooms: native.Rooms) -> dict[str, list[tuple[Term, ...]]]:
+    """Name to copies of sums of terms, mostly of one, as layers hold them: together more than the last-level cache holds."""
+
+    def of(make: Callable[[], Term], bits: int) -> list[tuple[Term, ...]]:
+        return [(settled(make(), rooms),) for _ in range(max(2, APART // (rows * columns * bits // 8)))]
 
     terms = {f"uniform {bits} bit": of(lambda bits=bits: random_term(rows, columns, bits), bits) for bits in (2, 3, 4, 8)}
-    terms["codebook 4 bit"] = of(lambda: random_codebook(rows, columns, False), 4)
-    terms["codebook 4 bit, one a row"] = of(lambda: random_codebook(rows, columns, True), 4)
+    terms["codebook 4 bit"] = of(lambda: random_codebook(rows, columns), 4)
+    for bits in (4, 3):
+        terms[f"codebook {bits} bit, one a row"] = of(lambda bits=bits: codebook_of_each_row(rows, columns, bits), bits)
     terms["signs"] = of(lambda: random_signs(rows, columns), 1)
     terms["codewords 2x8"] = of(lambda: random_codewords(rows, columns, 2, 8), 2)
     terms["codewords 1x16"] = of(lambda: random_codewords(rows, columns, 1, 16), 2)
@@ -179,18 +199,11 @@ def candidates(rows: int, columns: int) -> dict[str, list[tuple[int, Product]]]:
     terms["codebook 4 bit, one a run of rows"] = of(
         lambda: wide_codebook(rows, columns, 4, tuple(range(rows // 8, rows + 1, rows // 8))), 4
     )
-    for name, copies in terms.items():
-        copies[:] = [settled(term, rooms) for term in copies]
-        found[name] = [(sum(tensor.nbytes for tensor in term.tensors().values()), term.matmul) for term in copies]
     few = Sparse.from_dense(torch.randn(rows, columns), torch.rand(rows, columns) < 0.005)
     thin = LowRank(Dense(torch.randn(rows, 32).half()), Dense(torch.randn(32, columns).half()))
     for name, added in (("and 0.5 % sparse", few), ("and rank 32", thin)):
-        sums = [CompressedTensor((term, added)) for term in terms["uniform 4 bit"]]
-        found[f"uniform 4 bit {name}"] = [(sum(tensor.nbytes for tensor in one.tensors().values()), one.matmul) for one in sums]
-    for name, transform in transforms(columns).items():
-        turned = [CompressedTensor((term,), (transform,)) for term in terms["uniform 4 bit"]]
-        found[f"uniform 4 bit, {name}"] = [(sum(tensor.nbytes for tensor in one.tensors().values()), one.matmul) for one in turned]
-    return found
+        terms[f"uniform 4 bit {name}"] = [(*sums, added) for sums in terms["uniform 4 bit"]]
+    return terms
 
 
 def transforms(columns: int) -> dict[str, Transform]:

@@ -36,7 +36,7 @@ def candidates(rows: int, columns: int) -> dict[str, list[Product]]:
         "4 bit in groups of 32": lambda: symmetric(rows, columns, 4, 32),
         "4 bit in groups of 128": lambda: symmetric(rows, columns, 4, 128),
         "8 bit in groups of 128": lambda: symmetric(rows, columns, 8, 128),
-        "codebook, 4 bit": lambda: random_codebook(rows, columns, False),
+        "codebook, 4 bit": lambda: random_codebook(rows, columns),
     }
     rooms = native.Rooms()
     for name, make in makers.items():

@@ -1,0 +1,117 @@
+"""Products of one vector with packed codes in one native call, as a model's token computes them, against one read-only pass of as many bytes.
+
+    python benchmarks/products_in_one_call.py [results/benchmarks/products_in_one_call.json] [--rounds 7] [--threads 1 2]
+        [--shapes 4096x4096 11008x4096 4096x11008] [--weights NAME ...] [--first-in-line]
+
+Weights, copies, bursts and dropped samples are those of native_matvec.py; here all products of a burst are one call, and so is what is read. The
+vector is bfloat16, as exact as kernels take it (16 bits), or rounded to 8 bits (`FEWBITS_INPUT_DIGITS=1`).
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from native_matvec import MEMORY, SHAPES, coded_sums, digits_of_inputs, in_line, quartiles, seconds, size_of, waiting
+
+from fewbits.core.tensor import Term
+from fewbits.formats.coded import describe_terms
+from fewbits.kernels import dispatch, native, sums
+from fewbits.kernels.layout import Description
+
+BURST = 0.006  # seconds, about
+MAY_WAIT = 0.02  # of a sample, by all threads together
+DIGITS = {16: None, 8: "1"}  # bits of inputs to what is asked for
+
+
+def described(terms: tuple[Term, ...]) -> Description | None:
+    return sums.describe_sum(describe_terms(terms))  # none of weights that no such call computes
+
+
+def call_of(copies: list[Description], count: int, rows: int, inputs: torch.Tensor) -> Callable[[], object]:
+    some = [copies[i % len(copies)] for i in range(count)]
+    all_of_them = Description(tuple(tensor for one in some for tensor in one.tensors), tuple(number for one in some for number in one.layout))
+
+    def call() -> object:
+        found = sums.multiply_sums([all_of_them], [rows] * count, inputs)
+        assert found is not None
+        return found
+
+    return call
+
+
+def sample(call: Callable[[], object], memory: torch.Tensor, first: bool) -> tuple[float, float] | None:
+    """Seconds of the call and of reading the memory; None where something came between."""
+    with in_line(first):
+        native.read_pass(memory[: 2**20])  # the threads are awake
+        waited = waiting()
+        before, taken, after = (seconds(one) for one in (lambda: native.read_pass(memory), call, lambda: native.read_pass(memory)))
+        lost = waiting() - waited > MAY_WAIT * (before + taken + after) * 1e9
+    return None if lost or max(before, after) > 1.4 * min(before, after) else (taken, (before + after) / 2)
+
+
+def measure(rows: int, columns: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
+    rooms, table = native.Rooms(), []
+    memory = rooms.moved(torch.zeros(MEMORY, dtype=torch.uint8)).random_(0, 256)
+    weights = {name: copies for name, copies in coded_sums(rows, columns, rooms).items() if name in (arguments.weights or (name,))}
+    found = {name: [described(one) for one in copies] for name, copies in weights.items()}
+    copies_of = {name: [one for one in copies if one is not None] for name, copies in found.items() if copies[0] is not None}
+    inputs = torch.randn(1, columns, dtype=torch.bfloat16)
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for bits, digits in DIGITS.items():
+            with digits_of_inputs(digits):
+                kept: dict[str, list[tuple[float, float]]] = {name: [] for name in copies_of}
+                counts = {}
+                for name, copies in copies_of.items():
+                    four = min(seconds(call_of(copies, 4, rows, inputs)) for _ in range(3)) / 4
+                    counts[name] = max(1, min(1 + int(BURST / four), MEMORY // size_of(weights[name][0])))
+                for _ in range(arguments.rounds):
+                    for name, copies in copies_of.items():
+                        read = memory[: counts[name] * size_of(weights[name][0])]
+                        found = sample(call_of(copies, counts[name], rows, inputs), read, arguments.first_in_line)
+                        if found is not None:
+                            kept[name].append(found)
+                        time.sleep(0.002)
+            for name, samples in kept.items():
+                row: dict[str, object] = {"shape": [rows, columns], "threads": threads, "bits_of_inputs": bits, "weights": name}
+                row |= {"bytes": size_of(weights[name][0]), "products_of_a_call": counts[name], "samples": len(samples)}
+                if len(samples) >= 4:
+                    row["milliseconds"] = quartiles([taken / counts[name] * 1e3 for taken, _ in samples])
+                    row["of_read_pass"] = quartiles([read / taken for taken, read in samples])
+                    row["read_gigabytes_per_second"] = quartiles([row["bytes"] * counts[name] / read / 1e9 for _, read in samples])
+                table.append(row)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, nargs="?", default=Path("results/benchmarks/products_in_one_call.json"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--weights", nargs="+", default=[], help="Names of weights, instead of all.")
+    parser.add_argument("--first-in-line", action="store_true")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    if native.chosen() is None:
+        raise SystemExit("the native kernels were not built, or FEWBITS_FORCE_ISA=none")
+    with torch.no_grad():
+        sizes = [tuple(int(size) for size in shape.split("x")) for shape in arguments.shapes]
+        table = [row for rows, columns in sizes for row in measure(rows, columns, arguments)]
+    assert not dispatch.counts["definition"]
+    machine = {"processor": platform.machine(), "cpus": os.cpu_count(), "instruction_set": native.chosen()}
+    settings = {"rounds": arguments.rounds, "first_in_line": arguments.first_in_line}
+    result = {"machine": machine, "settings": settings, "versions": {"torch": torch.__version__}, "rows": table}
+    arguments.result.parent.mkdir(parents=True, exist_ok=True)
+    arguments.result.write_text(json.dumps(result, indent=1) + "\n")
+    for row in table:
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+
+
+if __name__ == "__main__":
+    main()
