@@ -12,7 +12,7 @@ namespace lines {
 
 constexpr int64_t run = 32;          // columns of whole lines, whatever the width of codes: as many lines as a code has bits
 constexpr int64_t most_vectors = 4;  // that share a look at the codes
-constexpr int most_level_bits = 6;   // of levels that are looked up in registers, wherever that is
+constexpr int most_level_bits = 8;   // of levels that are looked up in registers, wherever that is
 
 // Whether codes, or levels of up to `level_bits` that all rows share, lie in whole lines, and groups end with them.
 static bool fits(const Coded& w, int level_bits) {
@@ -70,29 +70,32 @@ static constexpr int column_of(int bits, int k, int j) {
 
 // ---- levels and scales, and inputs beside them ----------------------------------------------------------------------------
 
-constexpr int level_bytes(int digits) { return digits == 3 ? 3 : 2; }
+// Of wide codes, as of floating point of 8 bits, the smallest levels would be lost in two.
+constexpr int level_bytes(int bits, int digits) { return bits > 6 || digits == 3 ? 3 : 2; }
 
-// Levels as whole numbers of `bytes` bytes without a sign: (number - zero) * unit. What is lost is half a unit. There are as many numbers as six
-// bits can say, narrower codes' levels more than once.
+// Levels as whole numbers of `bytes` bytes without a sign: (number - zero) * unit. What is lost is half a unit. There are as many numbers as eight
+// bits can say, narrower codes' levels more than once. Levels that are not finite count as the lowest: no code that lies in lines says them.
 struct Levels {
   int32_t numbers[1 << most_level_bits];
   float unit, zero;
 
   Levels(const Coded& w, int bytes) {
     const int count = 1 << w.bits;
-    float found[1 << most_level_bits], low = number_at(w.levels.data, 0, w.levels.number), high = low;
+    const auto finite = [](float level) { return level - level == 0.0f; };
+    float found[1 << most_level_bits], low = 0.0f, high = 0.0f;
+    bool any = false;
     for (int i = 0; i < count; ++i) {
-      found[i] = number_at(w.levels.data, i, w.levels.number);
-      low = found[i] < low ? found[i] : low, high = found[i] > high ? found[i] : high;
+      const float level = found[i] = number_at(w.levels.data, i, w.levels.number);
+      if (!finite(level)) continue;
+      low = any && low < level ? low : level, high = any && high > level ? high : level, any = true;
     }
     const double most = (int64_t{1} << (8 * bytes)) - 1, step = (static_cast<double>(high) - low) / most;
     const float only = low < 0.0f ? -low : low;  // where all are the same
     unit = step > 0 ? static_cast<float>(step) : only > 0.0f ? only / static_cast<float>(most) : 1.0f;
     zero = static_cast<float>(-static_cast<double>(low) / unit);
     for (int i = 0; i < 1 << most_level_bits; ++i) {
-      const double place = (static_cast<double>(found[i % count]) - low) / unit;
+      const double place = finite(found[i % count]) ? (static_cast<double>(found[i % count]) - low) / unit : 0.0;
       numbers[i] = place > 0 ? static_cast<int32_t>((place < most ? place : most) + 0.5) : 0;
-      if (!(found[i % count] - found[i % count] == 0.0f)) unit = as_float(0x7fc00000);  // one that is not finite
     }
   }
 };
@@ -100,7 +103,7 @@ struct Levels {
 static std::optional<Levels> find_levels(const Product& product) {
   const Coded& w = *product.matrix;
   if (w.levels.kind == Values::none) return std::nullopt;
-  return std::optional<Levels>(std::in_place, w, level_bytes(product.digits));
+  return std::optional<Levels>(std::in_place, w, level_bytes(w.bits, product.digits));
 }
 
 // What sixteen rows have beside their codes, group by group: sixteen scales, zero points and offsets, a row a lane. Those that do not lie
@@ -112,6 +115,9 @@ struct Grid {
   float factor, zero;  // of scales, if not 1; the zero point where none are stored
 };
 
+// What `codes` say, as an instruction set looks it up fastest: `count` numbers of sixteen rows, a multiple of 16.
+static void look_up_numbers(const float* lookup, const uint8_t* codes, int64_t count, float* to);
+
 static int64_t scratch_floats(const Coded& w) { return 48 * padded_groups(w) + sixteen_room(w); }
 
 static Grid find_grid(const Coded& w, const Levels* levels, int64_t row, float* room) {
@@ -119,8 +125,10 @@ static Grid find_grid(const Coded& w, const Levels* levels, int64_t row, float* 
   const auto find = [&](const Values& values, float* to, Number& number) -> const uint8_t* {
     if (values.kind == Values::none) return nullptr;
     number = values.number;
-    if (values.lines && values.kind != Values::table) return static_cast<const uint8_t*>(values.data) + row * row_bytes_of(values, w.bits);
-    read_sixteen(w, values, [row](int64_t r) { return row + r; }, to, room + 3 * each);
+    const uint8_t* from = static_cast<const uint8_t*>(values.data) + row * row_bytes_of(values, w.bits);
+    if (values.lines && values.kind != Values::table) return from;
+    if (values.lines) look_up_numbers(values.lookup, from, line_rows * w.groups, to);
+    else read_sixteen(w, values, [row](int64_t r) { return row + r; }, to, room + 3 * each);
     number = Number::f32;
     return reinterpret_cast<const uint8_t*>(to);
   };

@@ -60,6 +60,10 @@ static inline __attribute__((always_inline)) __m256 zero_point_of(const Grid& gr
   return grid.packed ? eight_codes<Bits>(grid.zeros, group, half) : eight_numbers(grid.zeros, line_rows * group + 8 * half, grid.of_zeros);
 }
 
+static void look_up_numbers(const float* lookup, const uint8_t* codes, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = lookup[codes[i]];
+}
+
 // ---- products -------------------------------------------------------------------------------------------------------------
 
 static inline __attribute__((always_inline)) __m256i line_at(const uint8_t* from, int line) {
@@ -342,7 +346,7 @@ struct Kernel {
       for (int plane = 0; plane < planes; ++plane) {
         alignas(16) uint8_t bytes[2][16];
         for (int i = 0; i < 16; ++i) {
-          const int32_t number = levels->numbers[i] - (1 << (8 * level_bytes(Digits) - 1));
+          const int32_t number = levels->numbers[i] - (1 << (8 * level_bytes(Bits, Digits) - 1));
           const int32_t cut = planes == 1 ? number : plane == 0 ? (number + 0x800) >> 12 : ((number + 0x800) & 0xfff) - 0x800;
           bytes[0][i] = static_cast<uint8_t>(cut), bytes[1][i] = static_cast<uint8_t>(cut >> 8);
         }

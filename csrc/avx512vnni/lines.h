@@ -15,7 +15,7 @@ namespace lines {
 constexpr int64_t longest = 1 << 14;   // columns whose products are summed in 32 bits
 constexpr int64_t bytes_ahead = 1 << 13;  // of what is fetched, into the second cache
 
-static inline int64_t whole_tile(int64_t vectors) { return vectors; }
+static inline int64_t whole_tile(int64_t vectors) { return vectors == 3 ? 4 : vectors; }  // each is compiled for every width
 static bool serves(const Coded& w) { return fits(w, most_level_bits); }
 
 // ---- inputs ---------------------------------------------------------------------------------------------------------------
@@ -55,28 +55,73 @@ static int32_t digit_of(int32_t number, int digits, int digit) {
   return static_cast<int8_t>(((number + middle) ^ middle) >> (8 * (digits - 1 - digit)));
 }
 
-// Lower bytes of levels are not multiplied with lower digits of inputs: with the n-th highest digit not the n lowest bytes. What these say is put
-// back as the mean of all levels; what a level differs from it by is worth less than what inputs are rounded by.
+// Lower bytes of levels are not multiplied with lower digits of inputs, where both together weigh less than what inputs are rounded by: with a
+// digit not the `without` lowest bytes. What these say is put back as the mean of all levels; what remains is worth less than that rounding.
 static float left_out_of(const Product& product, const Levels& levels, const int32_t* numbers, int64_t count) {
-  const int entries = 1 << product.matrix->bits;
+  const int bits = product.matrix->bits, planes = level_bytes(bits, product.digits), weights = planes > product.digits ? planes : product.digits;
   double sum = 0.0;
-  for (int digit = 1; digit < product.digits; ++digit) {
+  for (int digit = 0; digit < product.digits; ++digit) {
+    const int without = digit + planes - weights;
+    if (without <= 0) continue;
     int64_t digits = 0, lowest = 0;
     for (int64_t i = 0; i < count; ++i) digits += digit_of(numbers[i], product.digits, digit);
-    for (int i = 0; i < entries; ++i) lowest += levels.numbers[i] & ((1 << (8 * digit)) - 1);
-    sum += static_cast<double>(lowest) / entries * static_cast<double>(digits * (int64_t{1} << (8 * (product.digits - 1 - digit))));
+    for (int i = 0; i < 1 << bits; ++i) lowest += levels.numbers[i] & ((1 << (8 * without)) - 1);
+    sum += static_cast<double>(lowest) / (1 << bits) * static_cast<double>(digits * (int64_t{1} << (8 * (product.digits - 1 - digit))));
   }
   return static_cast<float>(sum);
 }
 
 // ---- levels and scales ----------------------------------------------------------------------------------------------------
 
-// A byte of each level in each table. Sixty-four codes are looked up at once, by six bits, of which those above narrower codes are any.
-static void make_tables(const Levels& levels, int planes, __m512i* tables) {
+constexpr int parts_of(int bits) { return bits <= 6 ? 1 : 1 << (bits - 6); }  // registers of a table, of 64 levels each
+constexpr int most_parts = parts_of(most_level_bits);
+
+// A byte of each level in each table.
+static void make_tables(const Levels& levels, int planes, __m512i (*tables)[most_parts]) {
   for (int plane = 0; plane < planes; ++plane) {
-    alignas(64) uint8_t bytes[64];
-    for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(levels.numbers[i] >> (8 * (planes - 1 - plane)));
-    tables[plane] = _mm512_load_si512(bytes);
+    alignas(64) uint8_t bytes[1 << most_level_bits];
+    for (int i = 0; i < 1 << most_level_bits; ++i) bytes[i] = static_cast<uint8_t>(levels.numbers[i] >> (8 * (planes - 1 - plane)));
+    for (int part = 0; part < most_parts; ++part) tables[plane][part] = _mm512_load_si512(bytes + 64 * part);
+  }
+}
+
+// Sixty-four codes are looked up at once, by six bits or seven, of which those above narrower codes are any; the eighth says in which half.
+template <int Bits>
+static inline __attribute__((always_inline)) __m512i look_up(__m512i codes, const __m512i* table) {
+  if constexpr (Bits <= 6) {
+    return _mm512_permutexvar_epi8(codes, table[0]);
+  } else {
+    const __m512i low = _mm512_permutex2var_epi8(table[0], codes, table[1]);
+    if constexpr (Bits == 7) return low;
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, _mm512_permutex2var_epi8(table[2], codes, table[3]));
+  }
+}
+
+// Sixty-four at a time, byte by byte of a number: codes are brought where the bytes of their numbers come together within a lane of 16.
+static void look_up_numbers(const float* lookup, const uint8_t* codes, int64_t count, float* to) {
+  alignas(64) uint8_t bytes[4][1 << most_level_bits], order[64];
+  for (int i = 0; i < 64; ++i) order[i] = static_cast<uint8_t>(i % 16 / 4 * 16 + i / 16 * 4 + i % 4);
+  for (int i = 0; i < 1 << most_level_bits; i += 16) {
+    const __m512i numbers = _mm512_loadu_si512(lookup + i);
+    for (int byte = 0; byte < 4; ++byte) {
+      _mm_store_si128(reinterpret_cast<__m128i*>(bytes[byte] + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(numbers, static_cast<unsigned>(8 * byte))));
+    }
+  }
+  __m512i tables[4][most_parts];
+  for (int i = 0; i < 4 * most_parts; ++i) tables[i / most_parts][i % most_parts] = _mm512_load_si512(bytes[i / most_parts] + 64 * (i % most_parts));
+  const __m512i places = _mm512_load_si512(order);
+  for (int64_t at = 0; at < count; at += 64) {
+    const int64_t left = count - at;
+    const __m512i some = _mm512_maskz_loadu_epi8(left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1, codes + at), there = _mm512_permutexvar_epi8(places, some);
+    __m512i found[4];
+#pragma GCC unroll 4
+    for (int byte = 0; byte < 4; ++byte) found[byte] = look_up<8>(there, tables[byte]);
+    const __m512i lows[2] = {_mm512_unpacklo_epi8(found[0], found[1]), _mm512_unpackhi_epi8(found[0], found[1])};
+    const __m512i highs[2] = {_mm512_unpacklo_epi8(found[2], found[3]), _mm512_unpackhi_epi8(found[2], found[3])};
+    for (int64_t i = 0; i < 4 && 16 * i < left; ++i) {
+      const __m512i numbers = i % 2 == 0 ? _mm512_unpacklo_epi16(lows[i / 2], highs[i / 2]) : _mm512_unpackhi_epi16(lows[i / 2], highs[i / 2]);
+      _mm512_storeu_si512(to + at + 16 * i, numbers);
+    }
   }
 }
 
@@ -115,7 +160,7 @@ struct Shape {
   static constexpr int digits_of(int plane) { return weights - plane < Digits ? weights - plane : Digits; }
   // Of a register of codes: look-ups and multiplications.
   static constexpr int operations() {
-    int found = Planes > 0 ? Planes : Digits * Vectors;
+    int found = Planes > 0 ? Planes * (2 * parts_of(Bits) - 1) : Digits * Vectors;
     for (int plane = 0; plane < Planes; ++plane) found += digits_of(plane) * Vectors;
     return found;
   }
@@ -150,7 +195,7 @@ static inline __attribute__((always_inline)) __m512i take(const __m512i* line) {
 
 // A run of columns, one register of codes after the other.
 template <int Bits, int Digits, int Planes, int Vectors, Fetch Asks, int... K>
-static inline __attribute__((always_inline)) void add_run(const uint8_t* from, const int32_t* inputs, const __m512i* tables,
+static inline __attribute__((always_inline)) void add_run(const uint8_t* from, const int32_t* inputs, const __m512i (*tables)[most_parts],
                                                           __m512i (*sums)[Shape<Bits, Digits, Planes, Vectors>::weights][Vectors],
                                                           std::integer_sequence<int, K...>) {
   using S = Shape<Bits, Digits, Planes, Vectors>;
@@ -166,7 +211,7 @@ static inline __attribute__((always_inline)) void add_run(const uint8_t* from, c
     const __m512i codes = take<Bits, S::places, at, Planes == 0>(line);
 #pragma GCC unroll 4
     for (int plane = 0; plane < (Planes > 0 ? Planes : 1); ++plane) {
-      const __m512i numbers = Planes > 0 ? _mm512_permutexvar_epi8(codes, tables[plane]) : codes;
+      const __m512i numbers = Planes > 0 ? look_up<Bits>(codes, tables[plane]) : codes;
 #pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) {
 #pragma GCC unroll 4
@@ -199,7 +244,7 @@ static inline __attribute__((always_inline)) __m512 join(const __m512i (*sums)[S
 }
 
 template <int Bits, int Digits, int Planes, int Vectors, Fetch Asks>
-static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& grid, const __m512i* tables, const Inputs& of, int64_t which, float* totals) {
+static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& grid, const __m512i (*tables)[most_parts], const Inputs& of, int64_t which, float* totals) {
   using S = Shape<Bits, Digits, Planes, Vectors>;
   const int32_t* inputs = of.digits + which * of.words;
   const float *units = of.units + which * Vectors * of.groups, *input_sums = of.sums + which * Vectors * of.groups;
@@ -252,7 +297,6 @@ static Sixteen find_function(const Coded& w, int64_t vectors) {
   switch (vectors) {
     case 1: return find_function<Bits, Digits, Planes, 1>(w);
     case 2: return find_function<Bits, Digits, Planes, 2>(w);
-    case 3: return find_function<Bits, Digits, Planes, 3>(w);
     default: return find_function<Bits, Digits, Planes, 4>(w);
   }
 }
@@ -260,14 +304,14 @@ static Sixteen find_function(const Coded& w, int64_t vectors) {
 template <int Bits, int Digits>
 struct Kernel {
   static constexpr bool served = true;
-  __m512i tables[3] = {};
+  __m512i tables[3][most_parts] = {};
   Sixteen function;
 
   Kernel(const Coded& w, const Levels* levels, int64_t vectors) {
     function = find_function<Bits, Digits, 0>(w, vectors);
     if (levels == nullptr) return;
-    make_tables(*levels, level_bytes(Digits), tables);
-    if constexpr (Bits <= most_level_bits) function = find_function<Bits, Digits, level_bytes(Digits)>(w, vectors);
+    make_tables(*levels, level_bytes(Bits, Digits), tables);
+    function = find_function<Bits, Digits, level_bytes(Bits, Digits)>(w, vectors);
   }
 
   void multiply(const Coded& w, const uint8_t* from, const Grid& grid, const Inputs& of, int64_t which, float* sums) const {
