@@ -183,7 +183,7 @@ template <int Bits, int Count>
 static inline __attribute__((always_inline)) void add_up(const Coded& w, const uint8_t* codes, const __m512i* inputs, const __m512i* tables, __m512* totals) {
   constexpr int64_t bytes = Words<Bits>::bytes, together = blocks_of_sum(Bits);
   const Words<Bits> as_words;
-  const int64_t ahead = Count * rows_ahead(w) / rows_at_once * w.row_bytes;
+  const int64_t ahead = Count * std::max(rows_ahead(w), 2 * rows_at_once) / rows_at_once * w.row_bytes;  // the next rows are there by then
   __m512i sums[Count], next[Count];
 #pragma GCC unroll 4
   for (int r = 0; r < Count; ++r) {
