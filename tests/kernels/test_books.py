@@ -71,18 +71,19 @@ def test_runs_of_rows_agree(bits, ends, columns, of, group_size, vectors):
 
 @pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("ends", [(), (3, 3, 13)])
-@pytest.mark.parametrize("columns", [1, 70, 128, 1000])
-def test_levels_of_rows_and_inputs_of_fewer_digits(isa, digits, ends, columns, monkeypatch):
+@pytest.mark.parametrize("columns", [1, 70, 128, 171, 1000])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_of_rows_and_inputs_of_fewer_digits(isa, digits, ends, columns, bits, monkeypatch):
     monkeypatch.setenv("FEWBITS_INPUT_DIGITS", str(digits))
     generator = torch.Generator().manual_seed(columns)
     runs = len(ends) or 13
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         scales = torch.rand(runs, 1, generator=generator).to(dtype) + 0.5
-        levels = torch.randn(runs, 1, 16, generator=generator).to(dtype) + torch.arange(runs)[:, None, None]  # ranges away from zero
+        levels = torch.randn(runs, 1, 2**bits, generator=generator).to(dtype) + torch.arange(runs)[:, None, None]  # ranges away from zero
         levels[-1] = levels[-1, :, :1]  # no range at all
-        codes = torch.randint(16, (13, columns), generator=generator)
+        codes = torch.randint(2**bits, (13, columns), generator=generator)
         for stored in (None, scales):
-            term = Codebook.from_codes(codes, levels.to(dtype), stored, bits=4, row_ends=ends)
+            term = Codebook.from_codes(codes, levels.to(dtype), stored, bits=bits, row_ends=ends)
             wide, reach = term.define(torch.float64), float(levels.abs().max() * (1 if stored is None else scales.max()))
             for vectors in (1, 3, 4, 5):
                 inputs = torch.randn(vectors, columns, generator=generator)
@@ -91,13 +92,59 @@ def test_levels_of_rows_and_inputs_of_fewer_digits(isa, digits, ends, columns, m
                 assert bool(((term.matmul(inputs).double() - inputs.double() @ wide.T).abs() <= limit).all())
 
 
-def test_levels_of_a_row_that_are_not_finite_give_what_is_not(isa):
-    levels = torch.randn(6, 1, 16, generator=torch.Generator().manual_seed(0))
-    term = Codebook.from_codes(torch.arange(96).view(6, 16) % 16, levels, None, bits=4)
+@pytest.mark.parametrize("rows", [2, 7, 16, 37])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_of_rows_of_every_end_of_a_row(isa, bits, rows):
+    generator = torch.Generator().manual_seed(rows)
+    for columns in (*range(1, 20), *range(120, 138), *range(250, 262)):
+        codes = torch.randint(2**bits, (rows, columns), generator=generator)
+        term = Codebook.from_codes(codes, torch.randn(rows, 1, 2**bits, generator=generator), None, bits=bits)
+        inputs = torch.randn(2, columns, generator=generator).bfloat16()
+        expected, wide = inputs.double() @ term.define(torch.float64).T, inputs.double().abs()
+        limit = ROUNDED[2] * columns**0.5 * wide.amax(-1, keepdim=True) * term.define().abs().amax() + 2**-8 * expected.abs()
+        assert bool(((term.matmul(inputs).double() - expected).abs() <= limit).all())
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_largest_levels_of_rows_times_the_largest_inputs_fit_their_sums(isa, digits, bits, monkeypatch):
+    monkeypatch.setenv("FEWBITS_INPUT_DIGITS", str(digits))
+    largest = 0x7D7F * 2.0**-15  # larger ones have another unit
+    inputs = torch.tensor([[largest], [-largest], [-1.0], [1.0]]).expand(4, 1000)
+    levels = torch.full((5, 1, 2**bits), -1.0)
+    levels[:, 0, -1] = 1.0
+    for code in (0, 2**bits - 1):
+        term = Codebook.from_codes(torch.full((5, 1000), code), levels, None, bits=bits)
+        torch.testing.assert_close(term.matmul(inputs), inputs @ term.define().T, rtol=1e-2 if digits == 1 else 1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("size", [0.0, 1e-41, 1e-30, 1e30])
+def test_levels_of_rows_of_any_size(isa, size, bits):
+    generator = torch.Generator().manual_seed(bits)
+    levels = torch.randn(5, 1, 2**bits, generator=generator) * size
+    term = Codebook.from_codes(torch.randint(2**bits, (5, 70), generator=generator), levels, None, bits=bits)
+    inputs = torch.rand(1, 70, generator=generator).bfloat16()
+    expected, largest = inputs.double() @ term.define(torch.float64).T, levels.abs().max()
+    limit = ROUNDED[2] * 70**0.5 * largest + 2**-8 * expected.abs() + 1e-38
+    assert bool(((term.matmul(inputs).double() - expected).abs() <= limit).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_levels_of_a_row_that_are_not_finite_give_what_is_not(isa, bits):
+    levels = torch.randn(6, 1, 2**bits, generator=torch.Generator().manual_seed(0))
+    term = Codebook.from_codes(torch.arange(96).view(6, 16) % 2**bits, levels, None, bits=bits)
     for wrong in (torch.inf, -torch.inf, torch.nan):
-        term.levels[2, 0, 5] = wrong
+        term.levels[2, 0, 3] = wrong
         found = term.matmul(torch.ones(1, 16, dtype=torch.bfloat16))[0].isfinite()
         assert found.tolist() == [True, True, False, True, True, True]
+
+
+def test_inputs_that_are_not_finite_give_what_is_not_with_levels_of_rows(isa):
+    inputs = torch.randn(3, 128).bfloat16()
+    inputs[0, 70], inputs[1, 5] = float("nan"), float("inf")
+    found = codebook(3, (5, 128), books=5).matmul(inputs)
+    assert not found[:2].isfinite().any() and bool(found[2].isfinite().all())
 
 
 def test_runs_of_rows_by_hand(isa):
