@@ -13,7 +13,7 @@ from fewbits.formats.additive import Additive
 from fewbits.formats.coded import Coded
 from fewbits.kernels import native
 from fewbits.kernels.blocks import transpose_blocks, whole_numbers
-from fewbits.kernels.layout import BASE_THREE, Description, in_lines
+from fewbits.kernels.layout import BASE_THREE, Description, in_lines, says_finite_levels
 
 ROWS = 16  # that lie together
 _WORD = 4  # bytes of a row's codes that lie together; of ternary ones two, where rows are not of whole words
@@ -86,7 +86,7 @@ def may_lie_in_lines(term: Term) -> bool:
     rows, _ = term.shape
     codes = found.tensors[0]
     fits = len(codes) == rows and rows % ROWS == 0 and codes.shape[1] % _word(found) == 0
-    return fits and native.reads_lines(found.tensors, in_lines(found).layout)
+    return fits and native.reads_lines(found.tensors, in_lines(found).layout) and says_finite_levels(found)
 
 
 def lay(term: Term, room: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal, cast, get_args
 
 import torch
@@ -147,16 +147,25 @@ class Minifloat(Coded, kind="minifloat"):
         if self.scale_format == "float":
             scales = None if self.tensor_scale is not None else dense(self.scales)
         else:
-            codes = torch.arange(256, dtype=torch.uint8, device=self.scales.device)
-            scales = table(self.scales, _scale_values(codes, self.tensor_scale, self.scale_format))
+            scales = table(self.scales, self._scales_of_codes)
         if scales is None:
             return None
-        levels = dense(self.layout.values()[None].to(self.codes.device))
+        levels = dense(self._levels)
         return (
             None
             if levels is None
             else coded((self.rows, self.columns, self.layout.bits, self.block_size), self.codes, levels, scales, ABSENT)
         )
+
+    @cached_property
+    def _levels(self) -> Tensor:
+        """float32 `[1, 2**bits]`, made once, as kernels that keep what they saw ask for."""
+        return self.layout.values()[None].to(self.codes.device)
+
+    @cached_property
+    def _scales_of_codes(self) -> Tensor:
+        """float32 `[256]`, made once."""
+        return _scale_values(torch.arange(256, dtype=torch.uint8, device=self.scales.device), self.tensor_scale, self.scale_format)
 
     def define(self, dtype: torch.dtype = torch.float32) -> Tensor:
         numbers = self.layout.values().to(self.codes.device)[unpack(self.codes, self.layout.bits, self.columns).long()]

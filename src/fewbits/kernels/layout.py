@@ -86,6 +86,18 @@ def in_lines(matrix: Description) -> Description:
     return Description(matrix.tensors, (*matrix.layout[:2], 0, LINES, *matrix.layout[2:]))
 
 
+def says_finite_levels(matrix: Description) -> bool:
+    """Whether the codes of a matrix, which has no levels or the same ones for all rows, say none that is not finite.
+
+    Of codes that are not bytes each is taken to be said.
+    """
+    if matrix.layout[4] == NONE:
+        return True
+    codes, levels = matrix.tensors[:2]
+    others = [int(code) for code in (~levels.flatten().isfinite()).nonzero()]
+    return not others or (matrix.layout[2] == 8 and not any(bool((codes == code).any()) for code in others))
+
+
 def plain(values: Tensor) -> Description | None:
     """A matrix of numbers as they are; None where kernels do not read their dtype."""
     kind = number(values.dtype)
