@@ -34,7 +34,9 @@ def described(terms: tuple[Term, ...]) -> Description | None:
 
 def call_of(copies: list[Description], count: int, rows: int, inputs: torch.Tensor) -> Callable[[], object]:
     some = [copies[i % len(copies)] for i in range(count)]
-    all_of_them = Description(tuple(tensor for one in some for tensor in one.tensors), tuple(number for one in some for number in one.layout))
+    all_of_them = Description(
+        tuple(tensor for one in some for tensor in one.tensors), tuple(number for one in some for number in one.layout)
+    )
 
     def call() -> object:
         found = sums.multiply_sums([all_of_them], [rows] * count, inputs)

@@ -74,7 +74,7 @@ static constexpr int column_of(int bits, int k, int j) {
 constexpr int level_bytes(int bits, int digits) { return bits > 6 || digits == 3 ? 3 : 2; }
 
 // Levels as whole numbers of `bytes` bytes without a sign: (number - zero) * unit. What is lost is half a unit. There are as many numbers as eight
-// bits can say, narrower codes' levels more than once. Levels that are not finite count as the lowest: no code that lies in lines says them.
+// bits can say, narrower codes' levels more than once. One that is not finite makes all sums so; of 256, of which no code says it, it is left out.
 struct Levels {
   int32_t numbers[1 << most_level_bits];
   float unit, zero;
@@ -96,6 +96,7 @@ struct Levels {
     for (int i = 0; i < 1 << most_level_bits; ++i) {
       const double place = finite(found[i % count]) ? (static_cast<double>(found[i % count]) - low) / unit : 0.0;
       numbers[i] = place > 0 ? static_cast<int32_t>((place < most ? place : most) + 0.5) : 0;
+      if (count < 256 && !finite(found[i % count])) unit = as_float(0x7fc00000);
     }
   }
 };

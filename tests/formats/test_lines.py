@@ -1,5 +1,7 @@
 """Codes in lines: the order itself, there and back, and that a term computes the same in it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.dense import Dense
 from fewbits.formats.lines import Lines, lay, may_lie_in_lines
+from fewbits.formats.minifloat import E4M3, E5M2, Minifloat
 from fewbits.formats.stepped import Stepped
 from fewbits.formats.ternary import Ternary
 from fewbits.formats.uniform import Uniform
@@ -126,12 +129,28 @@ def test_only_what_a_kernel_reads_faster_so_lies_in_lines(reader):
     assert not may_lie_in_lines(Dense(torch.rand(32, 32).half()))
     levels = torch.randn(32, 1, 16).half()
     assert not may_lie_in_lines(Codebook.from_codes(torch.randint(16, (32, 64)), levels, bits=4))  # levels of each row
-    shared = [Codebook.from_codes(torch.randint(2, (32, 64)), torch.randn(1, 1, 2**bits).half(), bits=bits) for bits in range(1, 8)]
-    assert [may_lie_in_lines(term) for term in shared] == [bits <= {"avx512vnni": 6, "avx2": 4}[reader] for bits in range(1, 8)]
+    shared = [Codebook.from_codes(torch.randint(2, (32, 64)), torch.randn(1, 1, 2**bits).half(), bits=bits) for bits in range(1, 9)]
+    assert [may_lie_in_lines(term) for term in shared] == [bits <= {"avx512vnni": 8, "avx2": 4}[reader] for bits in range(1, 9)]
     codes, steps, minimums = torch.randint(16, (32, 96)), torch.rand(32, 3).half(), torch.randn(32, 3).half()
     for added in (None, minimums):
         assert may_lie_in_lines(Stepped.from_codes(codes, steps, added, bits=4, group_size=32))
     assert not may_lie_in_lines(Stepped.from_codes(codes, steps.double(), minimums, bits=4, group_size=32))  # numbers that no kernel reads
+
+
+@pytest.mark.skipif("avx512vnni" not in native.available(), reason="no other instruction set looks 256 levels up in lines")
+@pytest.mark.parametrize("layout, said", [(E4M3, 0x7F), (E4M3, 0xFF), (E5M2, 0x7C), (E5M2, 0xFD)])
+def test_levels_that_are_no_numbers_lie_in_lines_as_long_as_no_code_says_them(layout, said):
+    term = Minifloat.round_to_nearest(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)), layout)
+    inputs = torch.rand(2, 64, generator=torch.Generator().manual_seed(1)) + 0.1
+    assert may_lie_in_lines(term)
+    torch.testing.assert_close(Lines.lay(term).matmul(inputs), inputs @ term.define().T)
+    term.codes[5, 3] = said
+    assert not may_lie_in_lines(term)
+    broken = ~torch.isfinite(term.matmul(inputs))
+    assert bool(broken[:, 5].all()) and int(broken.sum()) == 2
+    narrow = Codebook.from_codes(torch.zeros(32, 64, dtype=torch.int64), torch.ones(1, 1, 2), bits=1)
+    assert may_lie_in_lines(narrow)
+    assert not may_lie_in_lines(replace(narrow, levels=torch.tensor([[[1.0, torch.inf]]])))  # whether a code says it is not looked for
 
 
 @pytest.mark.parametrize("other", ["none", "scalar", "avx512", "neon", "neondot"])

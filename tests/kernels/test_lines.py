@@ -12,7 +12,7 @@ from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook
 from fewbits.formats.lines import Lines
-from fewbits.formats.minifloat import E2M1, Minifloat
+from fewbits.formats.minifloat import E2M1, E4M3, E5M2, Layout, Minifloat
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import layout, native
 
@@ -66,7 +66,7 @@ def test_inputs_of_fewer_digits(isa, bits, digits, monkeypatch, uniform):
         assert_agrees(uniform(bits, 32, 256, 128), torch.randn(vectors, 256))
 
 
-@pytest.mark.parametrize("bits", range(1, 7))
+@pytest.mark.parametrize("bits", range(1, 9))
 def test_codebooks_that_all_rows_share(isa, bits):
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(2**bits, (32, 192), generator=generator)
@@ -131,13 +131,15 @@ def test_signs_and_codes_of_one_bit_have_inputs_of_their_own_in_a_sum(isa, unifo
     torch.testing.assert_close(found, expected.float(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("scales", ["e8m0", "e4m3"])
-def test_minifloats_whose_scales_are_bytes_of_a_table(isa, scales):
-    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(5))
-    term = Minifloat.round_to_nearest(weight, E2M1, block_size=32, scale_format=scales)
-    assert torch.equal(Lines.lay(term).decode(), term.define())
-    for vectors, dtype in ((1, torch.float32), (3, torch.bfloat16), (40, torch.bfloat16)):
-        assert_agrees(term, torch.randn(vectors, 128).to(dtype))
+@pytest.mark.parametrize("layout", [E2M1, Layout(3, 2), E4M3, E5M2], ids=["e2m1", "e3m2", "e4m3", "e5m2"])
+@pytest.mark.parametrize("scales", ["e8m0", "e4m3", "float"])
+def test_minifloats(isa, layout, scales):
+    for rows, columns, block in ((32, 128, 32), (48, 352, 32), (16, 96, 96)):  # whose scales are bytes of a table, one line of them or more
+        weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
+        term = Minifloat.round_to_nearest(weight, layout, block_size=block, scale_format=scales)
+        assert torch.equal(Lines.lay(term).decode(), term.define())
+        for vectors, dtype in ((1, torch.float32), (1, torch.bfloat16), (3, torch.bfloat16), (40, torch.bfloat16)):
+            assert_agrees(term, torch.randn(vectors, columns).to(dtype))
 
 
 def test_rows_so_long_that_sums_are_taken_in_parts(isa):
