@@ -1,10 +1,10 @@
-"""Products of one vector with packed codes in one native call, as a model's token computes them, against one read-only pass of as many bytes.
+"""Products of one vector with packed codes in one native call, as a token computes them, against one read-only pass of as many bytes.
 
     python benchmarks/products_in_one_call.py [results/benchmarks/products_in_one_call.json] [--rounds 7] [--threads 1 2]
         [--shapes 4096x4096 11008x4096 4096x11008] [--weights NAME ...] [--first-in-line]
 
-Weights, copies, bursts and dropped samples are those of native_matvec.py; here all products of a burst are one call, and so is what is read. The
-vector is bfloat16, as exact as kernels take it (16 bits), or rounded to 8 bits (`FEWBITS_INPUT_DIGITS=1`).
+Weights, copies, bursts and dropped samples are those of native_matvec.py; here all products of a burst are one call, and so is what is
+read. The vector is bfloat16, as exact as kernels take it (16 bits), or rounded to 8 bits (`FEWBITS_INPUT_DIGITS=1`).
 """
 
 import argparse
