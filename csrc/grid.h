@@ -121,6 +121,24 @@ static int64_t scale_in_lanes(const Coded& w, const float* scales, const float* 
   return done;
 }
 
+// What codes say, one to a byte.
+static void look_up_row(const float* levels, int64_t entries, const uint8_t* codes, int64_t count, float* out) {
+  int64_t c = 0;
+#ifdef __AVX512BW__
+  if (entries <= 32) {
+    const auto part_of = [&](int64_t from) {
+      return _mm512_maskz_loadu_ps(static_cast<__mmask16>(entries >= from + 16 ? 0xffff : entries <= from ? 0 : (1u << (entries - from)) - 1), levels + from);
+    };
+    const __m512 low = part_of(0), high = part_of(16);
+    for (; c + 16 <= count; c += 16) {
+      const __m512i places = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + c)));
+      _mm512_storeu_ps(out + c, _mm512_permutex2var_ps(low, places, high));
+    }
+  }
+#endif
+  for (; c < count; ++c) out[c] = levels[codes[c]];
+}
+
 static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) {
   const uint8_t* stored = codes_of_row(w, row, reinterpret_cast<uint8_t*>(scratch));
   if (w.lines) scratch += ceiling(w.row_bytes, 4);
@@ -141,7 +159,7 @@ static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) 
     const int64_t from = g * w.group, to = least(from + w.group, w.columns);
     if (w.levels.kind != Values::none) {
       const float* found = levels + (w.level_groups > 1 ? g * book : 0);
-      for (int64_t c = from; c < to; ++c) out[c] = found[codes[c]];
+      look_up_row(found, book, codes + from, to - from, out + from);
       if (w.scales.kind != Values::none) for (int64_t c = from; c < to; ++c) out[c] *= scales[g];
       continue;
     }

@@ -161,7 +161,7 @@ static void multiply(const Product& product, const uint8_t* prepared, int64_t ro
 template <class Kind>
 static int64_t few_vectors(const Product& product) {
   const Coded& w = *product.matrix;
-  if (way_of(w) == Way::rows) return 32;
+  if (way_of(w) == Way::rows) return w.levels.kind != Values::none ? 16 : 32;
   if (w.lines) return w.levels.kind == Values::none ? few_vectors_of_lines(w) : Kind::per_word == 2 ? 4 : 8;
   const bool dear = w.levels.kind != Values::none || w.bits > 6;
   return Kind::per_word == 2 ? (dear ? 1 : 4) : dear ? 8 : 32;

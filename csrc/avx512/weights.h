@@ -1,10 +1,14 @@
 // Panels of weights as numbers: float32, a column a word, or pairs of bfloat16, two columns a word.
 //
 // Codes of sixteen rows are exchanged between registers as they are stored, until a lane holds some neighbouring columns of a row: 32 bits
-// of one row, or 64 where two columns make a word. A code is then shifted down and looked up, or converted. The two columns of a word lie 32
+// of one row, or 64 where two columns make a word. A code is then shifted down and looked up, or converted; four codes of more than four bits are
+// looked up together. The two columns of a word lie 32
 // bits apart in such a lane, so that both leave it at once.
 #pragma once
+#include <type_traits>
+
 #include "columns.h"
+#include "number_tables.h"
 
 namespace fewbits {
 namespace FEWBITS_ISA {
@@ -38,7 +42,7 @@ enum class Way { levels, shifts, rows };
 static Way way_of(const Coded& w) {
 #ifdef __AVX512VBMI__
   if (w.bits > 8 || (w.groups > 1 && w.group % 4 != 0)) return Way::rows;
-  if (w.levels.kind != Values::none) return w.level_groups == 1 && w.levels.rows == 1 && w.bits <= 4 ? Way::levels : Way::rows;
+  if (w.levels.kind != Values::none) return w.level_groups == 1 && w.levels.rows == 1 ? Way::levels : Way::rows;
   return w.zeros.kind == Values::none && w.bits <= 4 ? Way::levels : Way::shifts;
 #else
   (void)w;
@@ -102,6 +106,7 @@ static inline __attribute__((always_inline)) __m512i take_field(__m512i all, int
   return _mm512_maskz_permutexvar_epi8(0x1111111111111111, _mm512_add_epi32(bytes, _mm512_set1_epi32(j)), all);
 }
 
+// What the lowest four bits of a lane say.
 template <int Bits, bool Levels>
 static inline __attribute__((always_inline)) __m512 to_weights(__m512i codes, const LaneGrid& grid, __m512 levels) {
   if constexpr (Levels) return _mm512_mul_ps(_mm512_permutexvar_ps(codes, levels), grid.scale);
@@ -109,6 +114,19 @@ static inline __attribute__((always_inline)) __m512 to_weights(__m512i codes, co
   if constexpr (Bits <= 4) numbers = _mm512_permutexvar_ps(codes, levels);  // reads four bits, of which there may be those of others
   else numbers = _mm512_cvtepi32_ps(codes);
   return _mm512_fmadd_ps(numbers, grid.scale, grid.shift);
+}
+
+// Of more than sixteen levels those that the four bytes of every lane say, one column after the other.
+template <int Bits>
+static inline __attribute__((always_inline)) void look_up_columns(__m512i codes, const NumberTable& table, __m512* levels) {
+  const __m512i by_columns = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400);  // of four rows
+  table.look_up_in_fours<Bits>(_mm512_shuffle_epi8(codes, by_columns), levels);
+}
+
+static NumberTable find_table(const Coded& w) {
+  float found[256];
+  for (int i = 0; i < 256; ++i) found[i] = number_at(w.levels.data, i % (1 << w.bits), w.levels.number);
+  return NumberTable(found);
 }
 
 // What the lowest four bits of a lane stand for: a level, or their number.
@@ -140,11 +158,39 @@ static inline __attribute__((always_inline)) void load_grids(const Coded& w, con
   }
 }
 
+// How lanes of codes become weights: one look-up or conversion a column, or one look-up for four of them.
+template <bool Levels, int Bits, int Field>
+struct Columns {
+  static constexpr int count = 32 / Field;  // of a lane of 32 bits
+  __m512 levels;
+
+  explicit Columns(const Coded& w) : levels(find_levels(w, Levels)) {}
+
+  inline __attribute__((always_inline)) void make(__m512i codes, const LaneGrid& grid, __m512* weights) const {
+#pragma GCC unroll 16
+    for (int j = 0; j < count; ++j) weights[j] = to_weights<Bits, Levels>(take_field<Bits, Field>(codes, j), grid, levels);
+  }
+};
+
+template <int Bits>
+struct LookedUp {
+  static constexpr int count = 4;
+  NumberTable table;
+
+  explicit LookedUp(const Coded& w) : table(find_table(w)) {}
+
+  inline __attribute__((always_inline)) void make(__m512i codes, const LaneGrid& grid, __m512* weights) const {
+    look_up_columns<Bits>(codes, table, weights);
+#pragma GCC unroll 4
+    for (int j = 0; j < count; ++j) weights[j] = _mm512_mul_ps(weights[j], grid.scale);
+  }
+};
+
 // The columns of a block, 512 / Field at a time.
 template <class Kind, bool Levels, int Bits, int Field>
 static void fill_block(const Coded& w, const PanelRows& rows, int64_t column, int64_t columns, const Panel& panel) {
-  constexpr int per_lane = 32 / Field;  // columns of 32 bits
-  const __m512 levels = find_levels(w, Levels);
+  using Maker = std::conditional_t<Levels && (Bits > 4), LookedUp<Bits>, Columns<Levels, Bits, Field>>;
+  const Maker maker(w);
   for (int half = 0; half < 2; ++half) {
     uint32_t* to = panel.weights + 16 * half;
     LaneGrid grids[2];
@@ -153,19 +199,19 @@ static void fill_block(const Coded& w, const PanelRows& rows, int64_t column, in
       __m512i all[16];
       take_lanes<Bits, Field, Kind::per_word>(w, rows.row + 16 * half, at, all);
 #pragma GCC unroll 16
-      for (int lane = 0; lane < 16 / Kind::per_word; ++lane, at += per_lane * Kind::per_word) {
-        if (at + per_lane * (Kind::per_word - 1) >= end) {
-          load_grids<Kind, Levels>(w, panel, half, at, per_lane, grids);
+      for (int lane = 0; lane < 16 / Kind::per_word; ++lane, at += Maker::count * Kind::per_word) {
+        if (at + Maker::count * (Kind::per_word - 1) >= end) {
+          load_grids<Kind, Levels>(w, panel, half, at, Maker::count, grids);
           const int64_t last = group_at(w, at) + 1;
           end = w.groups == 1 || last >= w.groups ? column + columns : last * w.group;
         }
+        __m512 weights[Kind::per_word][Maker::count];
+#pragma GCC unroll 2
+        for (int i = 0; i < Kind::per_word; ++i) maker.make(all[lane + 8 * i], grids[i], weights[i]);
 #pragma GCC unroll 16
-        for (int j = 0; j < per_lane; ++j, to += panel_rows) {
-          const auto weights = [&](__m512i codes, const LaneGrid& grid) {
-            return to_weights<Bits, Levels>(take_field<Bits, Field>(codes, j), grid, levels);
-          };
-          if constexpr (Kind::per_word == 1) _mm512_store_ps(reinterpret_cast<float*>(to), weights(all[lane], grids[0]));
-          else _mm512_store_si512(to, Kind::joined(weights(all[lane], grids[0]), weights(all[lane + 8], grids[1])));
+        for (int j = 0; j < Maker::count; ++j, to += panel_rows) {
+          if constexpr (Kind::per_word == 1) _mm512_store_ps(reinterpret_cast<float*>(to), weights[0][j]);
+          else _mm512_store_si512(to, Kind::joined(weights[0][j], weights[1][j]));
         }
       }
     }
@@ -176,7 +222,7 @@ template <class Kind, bool Levels>
 struct Fill {
   template <int Bits, int Field>
   static void of(const Coded& w, const PanelRows& rows, int64_t column, int64_t columns, const Panel& panel) {
-    if constexpr (!Levels || Bits <= 4) fill_block<Kind, Levels, Bits, Field>(w, rows, column, columns, panel);
+    fill_block<Kind, Levels, Bits, Field>(w, rows, column, columns, panel);
   }
 };
 

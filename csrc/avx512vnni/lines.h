@@ -6,6 +6,7 @@
 // itself until the group's end.
 #pragma once
 #include "../avx512/columns.h"
+#include "../avx512/number_tables.h"
 #include "../lines_parts.h"
 
 namespace fewbits {
@@ -73,9 +74,6 @@ static float left_out_of(const Product& product, const Levels& levels, const int
 
 // ---- levels and scales ----------------------------------------------------------------------------------------------------
 
-constexpr int parts_of(int bits) { return bits <= 6 ? 1 : 1 << (bits - 6); }  // registers of a table, of 64 levels each
-constexpr int most_parts = parts_of(most_level_bits);
-
 // A byte of each level in each table.
 static void make_tables(const Levels& levels, int planes, __m512i (*tables)[most_parts]) {
   for (int plane = 0; plane < planes; ++plane) {
@@ -85,43 +83,17 @@ static void make_tables(const Levels& levels, int planes, __m512i (*tables)[most
   }
 }
 
-// Sixty-four codes are looked up at once, by six bits or seven, of which those above narrower codes are any; the eighth says in which half.
-template <int Bits>
-static inline __attribute__((always_inline)) __m512i look_up(__m512i codes, const __m512i* table) {
-  if constexpr (Bits <= 6) {
-    return _mm512_permutexvar_epi8(codes, table[0]);
-  } else {
-    const __m512i low = _mm512_permutex2var_epi8(table[0], codes, table[1]);
-    if constexpr (Bits == 7) return low;
-    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(codes), low, _mm512_permutex2var_epi8(table[2], codes, table[3]));
-  }
-}
-
-// Sixty-four at a time, byte by byte of a number: codes are brought where the bytes of their numbers come together within a lane of 16.
 static void look_up_numbers(const float* lookup, const uint8_t* codes, int64_t count, float* to) {
-  alignas(64) uint8_t bytes[4][1 << most_level_bits], order[64];
+  alignas(64) uint8_t order[64];
   for (int i = 0; i < 64; ++i) order[i] = static_cast<uint8_t>(i % 16 / 4 * 16 + i / 16 * 4 + i % 4);
-  for (int i = 0; i < 1 << most_level_bits; i += 16) {
-    const __m512i numbers = _mm512_loadu_si512(lookup + i);
-    for (int byte = 0; byte < 4; ++byte) {
-      _mm_store_si128(reinterpret_cast<__m128i*>(bytes[byte] + i), _mm512_cvtepi32_epi8(_mm512_srli_epi32(numbers, static_cast<unsigned>(8 * byte))));
-    }
-  }
-  __m512i tables[4][most_parts];
-  for (int i = 0; i < 4 * most_parts; ++i) tables[i / most_parts][i % most_parts] = _mm512_load_si512(bytes[i / most_parts] + 64 * (i % most_parts));
   const __m512i places = _mm512_load_si512(order);
+  const NumberTable table(lookup);
   for (int64_t at = 0; at < count; at += 64) {
     const int64_t left = count - at;
-    const __m512i some = _mm512_maskz_loadu_epi8(left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1, codes + at), there = _mm512_permutexvar_epi8(places, some);
-    __m512i found[4];
-#pragma GCC unroll 4
-    for (int byte = 0; byte < 4; ++byte) found[byte] = look_up<8>(there, tables[byte]);
-    const __m512i lows[2] = {_mm512_unpacklo_epi8(found[0], found[1]), _mm512_unpackhi_epi8(found[0], found[1])};
-    const __m512i highs[2] = {_mm512_unpacklo_epi8(found[2], found[3]), _mm512_unpackhi_epi8(found[2], found[3])};
-    for (int64_t i = 0; i < 4 && 16 * i < left; ++i) {
-      const __m512i numbers = i % 2 == 0 ? _mm512_unpacklo_epi16(lows[i / 2], highs[i / 2]) : _mm512_unpackhi_epi16(lows[i / 2], highs[i / 2]);
-      _mm512_storeu_si512(to + at + 16 * i, numbers);
-    }
+    const __m512i some = _mm512_maskz_loadu_epi8(left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1, codes + at);
+    __m512 numbers[4];
+    table.look_up_in_fours<8>(_mm512_permutexvar_epi8(places, some), numbers);
+    for (int64_t i = 0; i < 4 && 16 * i < left; ++i) _mm512_storeu_ps(to + at + 16 * i, numbers[i]);
   }
 }
 
