@@ -30,6 +30,7 @@ from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook, normal_float_levels
 from fewbits.formats.dense import Dense
 from fewbits.formats.lowrank import LowRank
+from fewbits.formats.minifloat import Minifloat
 from fewbits.formats.permutation import PackedPermutation
 from fewbits.formats.rotation import Hadamard
 from fewbits.formats.signed_product import SignedProduct
@@ -102,6 +103,17 @@ def random_signs(rows: int, columns: int) -> Binary:
 def random_codewords(rows: int, columns: int, books: int, bits: int) -> Additive:
     codes = some_codes(rows, columns // 8 * books * bits // 8)
     return Additive(codes, torch.randn(books, 2**bits, 8).half(), torch.rand(rows, 1).half(), rows, columns)
+
+
+def random_fp8(rows: int, columns: int) -> Minifloat:
+    codes = some_codes(rows, columns)
+    codes[codes % 128 == 127] = 0  # what are no numbers
+    return Minifloat(codes, torch.rand(rows, 1).half(), None, rows, columns, 4, 3, "nan", columns, "float")
+
+
+def random_mxfp4(rows: int, columns: int) -> Minifloat:
+    scales = torch.randint(118, 126, (rows, columns // 32), dtype=torch.uint8)
+    return Minifloat(some_codes(rows, columns // 2), scales, None, rows, columns, 2, 1, "none", 32, "e8m0")
 
 
 def settled(term: Term, rooms: native.Rooms) -> Term:
@@ -189,6 +201,8 @@ def coded_sums(rows: int, columns: int, rooms: native.Rooms) -> dict[str, list[t
     terms["codebook 4 bit"] = of(lambda: random_codebook(rows, columns), 4)
     for bits in (4, 3):
         terms[f"codebook {bits} bit, one a row"] = of(lambda bits=bits: codebook_of_each_row(rows, columns, bits), bits)
+    terms["MXFP4"] = of(lambda: random_mxfp4(rows, columns), 4)
+    terms["FP8, a scale a row"] = of(lambda: random_fp8(rows, columns), 8)
     terms["signs"] = of(lambda: random_signs(rows, columns), 1)
     terms["codewords 2x8"] = of(lambda: random_codewords(rows, columns, 2, 8), 2)
     terms["codewords 1x16"] = of(lambda: random_codewords(rows, columns, 1, 16), 2)

@@ -77,7 +77,9 @@ bool reads_lines(const std::string& isa, const std::vector<int64_t>& layout, con
 void decode(const std::string& isa, const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers, int64_t first, int64_t last,
             uint64_t outputs, int64_t number, int threads) {
   Reader reader(layout, buffers);
-  const Coded& matrix = reader.read_whole();
+  const Coded& matrix = reader.read_whole(true);
+  const bool words = matrix.form == Coded::vectors && !matrix.transposed && matrix.entries == int64_t{1} << matrix.bits;
+  require(matrix.form == Coded::packed || words, "only codes are decoded, each of which says a number or a codeword along rows");
   require(0 <= first && first <= last && last <= matrix.rows, "rows to decode are not in the matrix");
   const fewbits::Kernels& kernels = fewbits::find_kernels(isa);
   nb::gil_scoped_release released;

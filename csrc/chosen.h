@@ -172,11 +172,16 @@ static int64_t bytes_of_lines(const Coded& w) {
 // For products, and where codes can be decoded, for that too.
 static int64_t scratch_floats(const Coded& w, int64_t vectors) {
   const int64_t own = find_way(w, vectors, most_digits).scratch_floats(w, vectors);
+  if (w.form == Coded::vectors) return own > vectors::decode_floats(w) ? own : vectors::decode_floats(w);
   return w.form == Coded::packed ? own + FEWBITS_ISA::scratch_floats(w, vectors) + bytes_of_lines(w) / 4 : own;
 }
 
 static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
   find_way(product).multiply(product, prepared, first, last, scratch);
+}
+
+static void decode(const Coded& w, int64_t first, int64_t last, void* out, Number number, float* scratch) {
+  (w.form == Coded::vectors ? vectors::decode : FEWBITS_ISA::decode)(w, first, last, out, number, scratch);
 }
 
 #ifdef FEWBITS_LINES
@@ -204,7 +209,7 @@ constexpr Kernels make_kernels(const char* name, const Panels* (*panels)(const P
   Kernels made{};
   made.name = name, made.panels = panels;
   made.prepared_floats = chosen::prepared_floats, made.prepare = chosen::prepare, made.padded_vectors = padded_vectors;
-  made.scratch_floats = chosen::scratch_floats, made.multiply = chosen::multiply, made.decode = decode;
+  made.scratch_floats = chosen::scratch_floats, made.multiply = chosen::multiply, made.decode = chosen::decode;
   made.parts = chosen::parts, made.make_part = chosen::make_part;
   made.feed_back = feed_back, made.rotate = rotate, made.gram = gram;
 #ifdef FEWBITS_LINES

@@ -121,12 +121,15 @@ struct Word {
     std::memcpy(&word, from, Unit * 4);
     return word;
   }
-#ifdef __F16C__
+  // Halves as floats.
   static inline Type read(const uint16_t* from) {
-    static_assert(Unit == 8);
-    return reinterpret_cast<Type>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-  }
+#ifdef __F16C__
+    if constexpr (Unit == 8) return reinterpret_cast<Type>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #endif
+    float numbers[Unit];
+    for (int i = 0; i < Unit; ++i) numbers[i] = half_to_float(from[i]);
+    return read(numbers);
+  }
   static inline void write(float* to, const Type& word) { std::memcpy(to, &word, Unit * 4); }
 };
 
@@ -233,6 +236,44 @@ static void multiply(const Product& product, const float* prepared, int64_t firs
   if (product.matrix->unit == 4) return multiply_unit<4>(product, prepared, first, last, scratch);
   if (product.matrix->unit == 8) return multiply_unit<8>(product, prepared, first, last, scratch);
   multiply_unit<16>(product, prepared, first, last, scratch);
+}
+
+// ---- decoding -------------------------------------------------------------------------------------------------------------
+
+// A codeword of any type.
+template <int Unit>
+static inline typename Word<Unit>::Type word_at(const Coded& w, int64_t book, uint32_t code) {
+  const int64_t at = book * book_floats(w) + int64_t{code} * Unit;
+  if (w.number == Number::f32) return Word<Unit>::read(static_cast<const float*>(w.indices) + at);
+  const uint16_t* from = static_cast<const uint16_t*>(w.indices) + at;
+  if (w.number == Number::f16) return Word<Unit>::read(from);
+  float numbers[Unit];
+  for (int i = 0; i < Unit; ++i) numbers[i] = as_float(static_cast<uint32_t>(from[i]) << 16);
+  return Word<Unit>::read(numbers);
+}
+
+// A row of what lies along rows, every code of which has a codeword, as the definition adds them up.
+template <int Unit>
+static void decode_row(const Coded& w, int64_t row, float* out, uint32_t* codes) {
+  unpack_codes(w, row, 0, groups(w) * w.books, codes);
+  const float scale = w.scales.kind == Values::none ? 1.0f : number_at(w.scales.data, row, w.scales.number);
+  for (int64_t group = 0; group < groups(w); ++group, codes += w.books) {
+    auto sum = word_at<Unit>(w, 0, codes[0]);
+    for (int64_t book = 1; book < w.books; ++book) sum += word_at<Unit>(w, book, codes[book]);
+    Word<Unit>::write(out + group * Unit, sum * scale);
+  }
+}
+
+static int64_t decode_floats(const Coded& w) { return groups(w) * (w.books + w.unit) + 16; }
+
+static void decode(const Coded& w, int64_t first, int64_t last, void* out, Number number, float* scratch) {
+  uint32_t* codes = reinterpret_cast<uint32_t*>(scratch);
+  float* values = scratch + groups(w) * w.books;
+  const auto decode_one = w.unit == 4 ? decode_row<4> : w.unit == 8 ? decode_row<8> : decode_row<16>;
+  for (int64_t row = first; row < last; ++row) {
+    decode_one(w, row, values, codes);
+    put_numbers(values, w.columns, out, (row - first) * w.columns, number);
+  }
 }
 
 }  // namespace vectors

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.kernels import native
-from fewbits.kernels.layout import MIXED, SIGNED, Description, entries, has_codes, lasting
+from fewbits.kernels.layout import MIXED, SIGNED, Description, entries, has_codes, has_codewords, lasting
 from fewbits.kernels.triton import gpu
 
 FEW_VECTORS = 32  # up to which every kernel takes codes as they are; above, those that decode a panel of rows for all vectors
@@ -49,7 +49,7 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
     if vectors <= _most_vectors(matrix):
         some = inputs.reshape(-1, inputs.shape[-1]).split(_VECTORS_AT_ONCE)
         return torch.cat([function(part, matrix.tensors, matrix.layout) for part in some]).unflatten(0, inputs.shape[:-1])
-    if not has_codes(matrix):
+    if not has_codes(matrix) and not has_codewords(matrix):
         counts["definition"] += 1
         return None
     rows, columns = matrix.layout[:2]

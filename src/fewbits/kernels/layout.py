@@ -150,6 +150,14 @@ def has_codes(matrix: Description) -> bool:
     return matrix.layout[2] != 0 or matrix.layout[3] == LINES
 
 
+def has_codewords(matrix: Description) -> bool:
+    """Whether a matrix is one of codewords along its rows, one for each code that there can be, which can also be decoded."""
+    if matrix.layout[2:4] != (0, VECTORS):
+        return False
+    width, entries, transposed = matrix.layout[7:10]
+    return entries == 1 << width and not transposed
+
+
 def entries(matrix: Description) -> int:
     """How many numbers a matrix stores: those of compressed sparse rows, or all."""
     return matrix.layout[-1] if matrix.layout[2:4] == (0, SPARSE) else matrix.layout[0] * matrix.layout[1]
