@@ -18,6 +18,7 @@
 #endif
 #ifdef FEWBITS_TABLES  // and of what is looked up in tables
 #include "avx512vnni/row_levels.h"
+#include "avx512vnni/signed_lines.h"
 #include "avx512vnni/sum_lines.h"
 #include "avx512vnni/words.h"
 #endif
@@ -50,6 +51,9 @@ static ternary::Plan ternary_plan(const Product& product) { return ternary::make
 
 // Of codes that lie by rows, or are brought there.
 static Way find_way_by_rows(const Coded& w, int64_t vectors, int digits) {
+  if (w.form == Coded::signed_product) {
+    return {signed_product::prepared_floats, signed_product::prepare, signed_product::scratch_floats, signed_product::multiply};
+  }
 #ifdef FEWBITS_TABLES
   if (row_levels::serves(w, vectors, digits)) {
     return {row_levels::prepared_floats, row_levels::prepare, [](const Coded&, int64_t) -> int64_t { return 0; }, row_levels::multiply};
@@ -119,18 +123,19 @@ static Way find_way(const Coded& w, int64_t vectors, int digits) {
   if (w.form == Coded::vectors) {
     return {vectors::prepared_floats, vectors::prepare, [](const Coded& w, int64_t) { return vectors::scratch_floats(w); }, vectors::multiply};
   }
-  if (w.form == Coded::signed_product) {
-    return {signed_product::prepared_floats, signed_product::prepare, signed_product::scratch_floats, signed_product::multiply};
-  }
   if (w.form == Coded::mixed) {
     return {mixed_groups::prepared_floats, mixed_groups::prepare, [](const Coded& w, int64_t) { return mixed_groups::scratch_floats(w); },
             mixed_groups::multiply};
   }
-  if (w.form != Coded::packed) {
+  if (w.form == Coded::plain || w.form == Coded::sparse) {
     return {additions::prepared_floats, additions::prepare, [](const Coded& w, int64_t) { return additions::scratch_floats(w); },
             additions::multiply};
   }
 #ifdef FEWBITS_TABLES
+  if (signed_lines::serves(w, vectors, digits)) {
+    return {signed_lines::prepared_floats, signed_lines::prepare, [](const Coded& w, int64_t) { return signed_lines::scratch_floats(w); },
+            signed_lines::multiply, signed_lines::parts, signed_lines::make_part};
+  }
   if (sum_lines::serves(w, vectors)) {
     return {sum_lines::prepared_floats, sum_lines::prepare, [](const Coded& w, int64_t) { return sum_lines::scratch_floats(w); },
             sum_lines::multiply, sum_lines::parts, sum_lines::make_part};
@@ -166,14 +171,17 @@ static void make_part(const Product& product, int64_t part, float* room) {
 // Bytes of sixteen rows of what may lie in lines.
 static int64_t bytes_of_lines(const Values& values, int bits) { return values.lines ? rounded_up(line_rows * row_bytes_of(values, bits), 64) : 0; }
 static int64_t bytes_of_lines(const Coded& w) {
-  return w.lines ? rounded_up(line_rows * w.row_bytes, 64) + bytes_of_lines(w.scales, w.bits) + bytes_of_lines(w.zeros, w.bits) : 0;
+  return w.lines && w.form != Coded::vectors ? rounded_up(line_rows * w.row_bytes, 64) + bytes_of_lines(w.scales, w.bits) + bytes_of_lines(w.zeros, w.bits) : 0;
 }
 
-// For products, and where codes can be decoded, for that too.
+// For products whatever inputs' digits, and where codes can be decoded, for that too.
 static int64_t scratch_floats(const Coded& w, int64_t vectors) {
-  const int64_t own = find_way(w, vectors, most_digits).scratch_floats(w, vectors);
-  if (w.form == Coded::vectors) return own > vectors::decode_floats(w) ? own : vectors::decode_floats(w);
-  return w.form == Coded::packed ? own + FEWBITS_ISA::scratch_floats(w, vectors) + bytes_of_lines(w) / 4 : own;
+  int64_t own = w.form == Coded::vectors ? vectors::decode_floats(w) : 0;
+  for (int digits = 1; digits <= most_digits; ++digits) {
+    const int64_t one = find_way(w, vectors, digits).scratch_floats(w, vectors);
+    own = one > own ? one : own;
+  }
+  return own + bytes_of_lines(w) / 4 + (w.form == Coded::packed ? FEWBITS_ISA::scratch_floats(w, vectors) : 0);
 }
 
 static void multiply(const Product& product, const float* prepared, int64_t first, int64_t last, float* scratch) {
@@ -187,7 +195,7 @@ static void decode(const Coded& w, int64_t first, int64_t last, void* out, Numbe
 #ifdef FEWBITS_LINES
 static bool reads_lines(const Coded& w) {
 #ifdef FEWBITS_TABLES
-  if (sum_lines::serves(w, 1) || word_tables::serves(w, 1)) return true;
+  if (sum_lines::serves(w, 1) || signed_lines::serves(w, 1, most_digits) || word_tables::serves(w, 1)) return true;
 #endif
   return lines::serves(w);
 }

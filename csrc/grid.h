@@ -60,7 +60,13 @@ static inline int64_t place_of(const Values& values, int64_t row) {
 // A row of what lies in lines, `item` bytes of each row at a time.
 static void take_from_lines(const void* data, int64_t row_bytes, int64_t item, int64_t row, uint8_t* to) {
   const uint8_t* from = static_cast<const uint8_t*>(data) + row / line_rows * line_rows * row_bytes + row % line_rows * item;
-  for (int64_t at = 0; at < row_bytes; at += item) std::memcpy(to + at, from + at * line_rows, static_cast<size_t>(item));
+  const auto take = [=](auto number) {  // of a size that compilers know: no call for each
+    constexpr int64_t bytes = sizeof(number);
+    for (int64_t at = 0; at < row_bytes; at += bytes) std::memcpy(to + at, from + at * line_rows, sizeof(number));
+  };
+  if (item == 4) take(uint32_t{});
+  else if (item == 2) take(uint16_t{});
+  else take(uint8_t{});
 }
 
 // Row `row` of scales, zero points, offsets or levels as numbers; `bits` is the width of packed ones.

@@ -69,7 +69,8 @@ constexpr int64_t item_of(const Values& values) {
 // bytes, and of every 64 rows of codes the first codes lie side by side, then the second ones; rows that are left lie behind, one after another.
 //
 // Or the product of two thin factors, `left [rows, rank]` and `right [rank, columns]`, entry by entry times a sign (`signed_product`): codes
-// are one stream of bits over the whole matrix, 1 for plus, the first entry the highest bit of its byte.
+// are one stream of bits over the whole matrix, 1 for plus, the first entry the highest bit of its byte. Where they are `lines`, rows are of whole
+// words, which lie as those of packed codes do.
 //
 // Or groups of two widths (`mixed`): `flags`, one bit a group, say which are of `wide_bits`, in every row equally many. The codes of a row's
 // narrow groups lie one behind the other, and in `wide` those of the others.

@@ -107,6 +107,9 @@ class Reader {
 
   const Coded& read_signed_product(Coded& matrix) {
     matrix.rank = next(1, int64_t{1} << 20);
+    matrix.lines = next(0, 1) == 1;
+    require(!matrix.lines || (matrix.rows % line_rows == 0 && matrix.columns % 32 == 0), "lines need sixteen rows, of whole words");
+    matrix.row_bytes = matrix.columns / 8;  // where rows are of whole bytes
     matrix.code_bytes = (matrix.rows * matrix.columns + 7) / 8;
     matrix.codes = static_cast<const uint8_t*>(next_buffer(matrix.code_bytes));
     require(matrix.rank <= largest / std::max(matrix.rows, matrix.columns), "factors are too large");

@@ -74,7 +74,8 @@ int64_t whole_rows(const std::vector<const Sum*>& sums) {
     for (const Summand& term : sum->terms) {
       const Coded& matrix = *term.matrix;
       if (in_word_lines(matrix)) return 4 * word_rows;
-      if (matrix.lines && (matrix.bits == base_three || matrix.counts == Coded::as_signs)) whole = 4 * line_rows;
+      const bool summed = matrix.bits == base_three || matrix.counts == Coded::as_signs || matrix.form == Coded::signed_product;
+      if (matrix.lines && summed) whole = 4 * line_rows;
     }
   }
   return whole;
@@ -86,7 +87,7 @@ bool has_base(const Sum& sum) { return sum.terms.size() > 1 && sum.terms[0].inne
 // What is read of some rows of a sum's first term.
 Stretch stretch_of(const Sum& sum, int64_t first, int64_t last) {
   const Coded& matrix = *sum.terms[0].matrix;
-  if (matrix.form != Coded::packed && !in_word_lines(matrix)) return {};
+  if (matrix.form != Coded::packed && !matrix.lines) return {};
   return {matrix.codes + first * matrix.row_bytes, (last - first) * matrix.row_bytes};
 }
 

@@ -64,6 +64,9 @@ TERMS: dict[str, Callable[[], Term]] = {
     "signs": lambda: Binary.from_signs(_sample(ROWS, COLUMNS) - 0.6, _sample(ROWS, 6), _sample(ROWS, 6), group_size=16),
     "ternary": lambda: Ternary.from_signs(_codes(1, ROWS, COLUMNS), _sample(ROWS, 3), group_size=32),
     "factors with signs": lambda: SignedProduct.from_signs(_sample(ROWS, COLUMNS) - 0.6, _sample(ROWS, 3), _sample(3, COLUMNS)),
+    "factors with signs in lines": lambda: SignedProduct.from_signs(
+        _sample(16, COLUMNS) - 0.6, _sample(16, 3), _sample(3, COLUMNS)
+    ).in_lines(),
     "groups of two widths": lambda: MixedGroups.from_codes(
         _codes(2, ROWS, COLUMNS).to(torch.uint8),
         torch.tensor([[True, False, False]]).expand(ROWS, -1),

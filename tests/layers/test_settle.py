@@ -9,6 +9,7 @@ import torch
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.additive import Additive
 from fewbits.formats.lines import Lines
+from fewbits.formats.signed_product import SignedProduct
 from fewbits.formats.sparse import Sparse
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import native
@@ -138,6 +139,25 @@ def test_codewords_that_are_loaded_into_a_settled_layer_are_those_that_it_holds(
     other.load_state_dict(fresh.state_dict())
     assert torch.equal(other.stored.weight.decode(), fresh.stored.weight.decode())
     assert torch.equal(layer.weight, term.decode())
+
+
+def test_signs_of_factors_are_laid_in_lines_where_kernels_make_tables_and_stored_by_rows():
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((320, 96), (320, 4), (4, 96))
+    terms = tuple(SignedProduct.from_signs(*(torch.randn(*shape, generator=generator) for shape in shapes)) for _ in range(2))
+    plain = CompressedLinear(StoredLinear(CompressedTensor(terms)))
+    layer = CompressedLinear(plain.stored).settle(native.Rooms())
+    assert all(term.lines == (native.chosen() == "avx512vnni") for term in layer.laid.weight.terms)
+    assert layer.stored.settings() == plain.stored.settings() and torch.equal(layer.weight, plain.weight)
+    saved, expected = layer.state_dict(), plain.state_dict()
+    assert list(saved) == list(expected) and all(torch.equal(saved[name], expected[name]) for name in expected)
+    layer.load_state_dict(expected)
+    assert not any(term.lines for term in layer.laid.weight.terms)
+    layer.settle(native.Rooms())
+    copied, moved = copy.deepcopy(layer).bfloat16(), copy.deepcopy(layer).to("meta")
+    assert torch.equal(copied.weight, plain.weight) and not any(term.lines for term in moved.laid.weight.terms)
+    inputs = torch.randn(2, 96)
+    torch.testing.assert_close(layer(inputs), plain(inputs), rtol=1e-4, atol=1e-3)
 
 
 def test_few_rows_of_codewords_stay_as_they_are():

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fewbits.core.errors import InputError
-from fewbits.formats.coded import Described
+from fewbits.formats.coded import Laid
 from fewbits.formats.packing import pack, unpack
 from fewbits.kernels import dispatch, native
 from fewbits.kernels.blocks import transpose_blocks
@@ -25,7 +26,7 @@ _FEWEST_ROWS = 256  # for which making tables is less than what they save
 
 
 @dataclass(frozen=True, eq=False)
-class Additive(Described, kind="additive"):
+class Additive(Laid, kind="additive"):
     """Packed codes `[rows, bytes]`, `codebooks [books, entries, unit]`, and `scales [rows, 1]` or None.
 
     Each group of `unit` neighbouring columns of a row has one code for each codebook. Where the columns end inside the last
@@ -34,6 +35,8 @@ class Additive(Described, kind="additive"):
     Where they are `lines`, codes of a byte lie in another order of the same bytes: of every 64 rows the first codes side by side,
     then the second ones; rows that are left lie behind, one after another. So kernels read them that look codes of 64 rows up at once.
     """
+
+    laid: ClassVar[str] = "codes"
 
     codes: Tensor
     codebooks: Tensor

@@ -5,7 +5,8 @@ from __future__ import annotations
 import operator
 import weakref
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -41,6 +42,27 @@ def multiply_terms(terms: tuple[Term, ...], inputs: Tensor) -> Tensor | None:
     described = _described_sum(terms) if inputs.shape[-1] == columns and sums.may_add(inputs) else None
     found = None if described is None else sums.multiply_sums([described], [rows], inputs)
     return None if found is None else found[0]
+
+
+class Laid(Described):
+    """A term that says by itself how one of its tensors lies: row by row, or in an order of the same bytes that kernels read faster.
+
+    A subclass has a field `lines`, which says whether that tensor lies so now.
+    """
+
+    laid: ClassVar[str]  # the name of that tensor
+
+    @abstractmethod
+    def may_lie_in_lines(self) -> bool:
+        """Whether kernels at hand read that tensor faster in lines."""
+
+    @abstractmethod
+    def in_lines(self, room: Callable[[Tensor], Tensor] = torch.empty_like) -> Self:
+        """The same matrix in lines, where that is an order of it; written into what `room` gives for a tensor like the one that moves."""
+
+    @abstractmethod
+    def in_rows(self) -> Self:
+        """The same matrix row by row."""
 
 
 _KEPT: weakref.WeakKeyDictionary[Term, tuple[tuple[Term, ...], Description | None]] = weakref.WeakKeyDictionary()

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.core.tensor import Term
-from fewbits.formats.additive import Additive
-from fewbits.formats.coded import Coded
+from fewbits.formats.coded import Coded, Laid
 from fewbits.kernels import native
 from fewbits.kernels.blocks import transpose_blocks, whole_numbers
 from fewbits.kernels.layout import BASE_THREE, Description, in_lines, says_finite_levels
@@ -73,9 +72,9 @@ class Lines(Coded):
 
 def may_lie_in_lines(term: Term) -> bool:
     """Whether kernels at hand compute all of the term, and read it faster in lines: rows in sixteens, of whole words and groups that end
-    with lines; or codewords of which there are tables.
+    with lines; or what has an order of its own, such as codewords of which there are tables.
     """
-    if isinstance(term, Additive):
+    if isinstance(term, Laid):
         return term.may_lie_in_lines()
     factors = term.factors() if isinstance(term, Coded) and not isinstance(term, Lines) else None
     if factors is None or len(factors) > 1:
@@ -91,8 +90,8 @@ def may_lie_in_lines(term: Term) -> bool:
 
 def lay(term: Term, room: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """The tensors of a term, which must fit, that lie in another order where it lies in lines, in what `room` gives for each."""
-    if isinstance(term, Additive):
-        return {"codes": term.in_lines(room).codes}
+    if isinstance(term, Laid):
+        return {term.laid: getattr(term.in_lines(room), term.laid)}
     assert isinstance(term, Coded)
     laid = Lines.lay(term, room).term
     return {name: getattr(laid, name) for name in _laid(laid)}
@@ -100,15 +99,15 @@ def lay(term: Term, room: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
 
 def laid(term: Term) -> Term:
     """What a term stands for whose tensors are those that `lay` gave."""
-    if isinstance(term, Additive):
-        return replace(term, lines=True)
+    if isinstance(term, Laid):
+        return replace(term, **{"lines": True})
     assert isinstance(term, Coded)
     return Lines(term)
 
 
 def plain(term: Term) -> Term:
     """The term by rows again."""
-    return term.plain() if isinstance(term, Lines) else term.in_rows() if isinstance(term, Additive) else term
+    return term.plain() if isinstance(term, Lines) else term.in_rows() if isinstance(term, Laid) else term
 
 
 def _laid(term: Coded) -> dict[str, int]:

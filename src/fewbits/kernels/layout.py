@@ -126,13 +126,16 @@ def vectors(
     return Description((codes, books, *scaled.tensors), (*sizes, *scaled.layout))
 
 
-def signed_product(bits: Tensor, left: Tensor, right: Tensor) -> Description | None:
+def signed_product(bits: Tensor, left: Tensor, right: Tensor, *, lines: bool = False) -> Description | None:
     """The product of `left [rows, rank]` and `right [rank, columns]`, entry by entry times a sign: one stream of bits over the whole
-    matrix, 1 for plus, the first the highest of its byte. None where kernels do not read the dtype of the factors.
+    matrix, 1 for plus, the first the highest of its byte; in `lines`, sixteen rows at a time, word after word of 32 bits. None where
+    kernels do not read the dtype of the factors.
     """
     kind = number(left.dtype)
     sizes = (left.shape[0], right.shape[1], 0, SIGNED)
-    return None if kind is None or left.dtype != right.dtype else Description((bits, left, right), (*sizes, kind, left.shape[1]))
+    return (
+        None if kind is None or left.dtype != right.dtype else Description((bits, left, right), (*sizes, kind, left.shape[1], int(lines)))
+    )
 
 
 def mixed_groups(
