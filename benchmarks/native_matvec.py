@@ -302,40 +302,50 @@ def compared(samples: list[tuple[int, float, float]], size: int, kept: dict[str,
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, nargs="?", default=Path("results/benchmarks/native_matvec.json"))
-    parser.add_argument("--rounds", type=int, default=25)
+def options(description: str | None, result: str, rounds: int) -> argparse.ArgumentParser:
+    """What can be said to a script that times products of several shapes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path, nargs="?", default=Path(result))
+    parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--vectors", type=int, nargs="+", default=list(VECTORS))
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--weights", nargs="+", default=[], help="Names of weights, instead of all.")
-    parser.add_argument("--dtype", default="float32", help="What inputs are.")
     parser.add_argument("--first-in-line", action="store_true")
-    arguments = parser.parse_args()
+    return parser
+
+
+def write(
+    arguments: argparse.Namespace,
+    measure: Callable[[int, int, argparse.Namespace], list[dict[str, object]]],
+    machine: dict[str, object],
+    settings: dict[str, object],
+) -> None:
+    """Measures every shape, and writes and prints what came out; ends where there are no kernels."""
     torch.manual_seed(0)
     if native.chosen() is None:
         raise SystemExit("the native kernels were not built, or FEWBITS_FORCE_ISA=none")
-    loads = [os.getloadavg()[0]]
-    table = []
+    loads, table = [os.getloadavg()[0]], []
     with torch.no_grad():
         for shape in arguments.shapes:
             rows, columns = (int(size) for size in shape.split("x"))
             table += measure(rows, columns, arguments)
             loads.append(os.getloadavg()[0])
     assert not dispatch.counts["definition"]
-    machine = {
-        "processor": platform.machine(),
-        "cpus": os.cpu_count(),
-        "instruction_set": native.chosen(),
-        "input_digits": native.digits(getattr(torch, arguments.dtype)),
-    }
-    settings = {"rounds": arguments.rounds, "group_size": GROUP, "first_in_line": arguments.first_in_line, "load_averages": loads}
+    machine = {"processor": platform.machine(), "cpus": os.cpu_count(), "instruction_set": native.chosen(), **machine}
+    settings = {"rounds": arguments.rounds, "first_in_line": arguments.first_in_line, "load_averages": loads, **settings}
     result = {"machine": machine, "settings": settings, "versions": {"torch": torch.__version__}, "rows": table}
     arguments.result.parent.mkdir(parents=True, exist_ok=True)
     arguments.result.write_text(json.dumps(result, indent=1) + "\n")
     for row in table:
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+
+
+def main() -> None:
+    parser = options(__doc__, "results/benchmarks/native_matvec.json", 25)
+    parser.add_argument("--vectors", type=int, nargs="+", default=list(VECTORS))
+    parser.add_argument("--dtype", default="float32", help="What inputs are.")
+    arguments = parser.parse_args()
+    write(arguments, measure, {"input_digits": native.digits(getattr(torch, arguments.dtype))}, {"group_size": GROUP})
 
 
 if __name__ == "__main__":

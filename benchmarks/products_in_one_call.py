@@ -8,19 +8,15 @@ read. The vector is bfloat16, as exact as kernels take it (16 bits), or rounded 
 """
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from native_matvec import MEMORY, SHAPES, coded_sums, digits_of_inputs, in_line, quartiles, seconds, size_of, waiting
+from native_matvec import MEMORY, coded_sums, digits_of_inputs, in_line, options, quartiles, seconds, size_of, waiting, write
 
 from fewbits.core.tensor import Term
 from fewbits.formats.coded import describe_terms
-from fewbits.kernels import dispatch, native, sums
+from fewbits.kernels import native, sums
 from fewbits.kernels.layout import Description
 
 BURST = 0.006  # seconds, about
@@ -91,28 +87,7 @@ def measure(rows: int, columns: int, arguments: argparse.Namespace) -> list[dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, nargs="?", default=Path("results/benchmarks/products_in_one_call.json"))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
-    parser.add_argument("--weights", nargs="+", default=[], help="Names of weights, instead of all.")
-    parser.add_argument("--first-in-line", action="store_true")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    if native.chosen() is None:
-        raise SystemExit("the native kernels were not built, or FEWBITS_FORCE_ISA=none")
-    with torch.no_grad():
-        sizes = [tuple(int(size) for size in shape.split("x")) for shape in arguments.shapes]
-        table = [row for rows, columns in sizes for row in measure(rows, columns, arguments)]
-    assert not dispatch.counts["definition"]
-    machine = {"processor": platform.machine(), "cpus": os.cpu_count(), "instruction_set": native.chosen()}
-    settings = {"rounds": arguments.rounds, "first_in_line": arguments.first_in_line}
-    result = {"machine": machine, "settings": settings, "versions": {"torch": torch.__version__}, "rows": table}
-    arguments.result.parent.mkdir(parents=True, exist_ok=True)
-    arguments.result.write_text(json.dumps(result, indent=1) + "\n")
-    for row in table:
-        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+    write(options(__doc__, "results/benchmarks/products_in_one_call.json", 7).parse_args(), measure, {}, {})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Tables of timed products: of what native_matvec.py, products_beside_peers.py and prompt_products.py in benchmarks/ write."""
+"""Tables of timed products: of what native_matvec.py, products_in_one_call.py, products_beside_peers.py and prompt_products.py write,
+all of benchmarks/.
+"""
 
 from collections.abc import Callable
 
@@ -8,17 +10,24 @@ def products(result: dict) -> list[tuple[list[str], list[list[str]]]]:
     rows = result["rows"]
     if "product" in rows[0]:
         return [_beside_peers(rows)]
+    if "bits_of_inputs" in rows[0]:
+        widths = sorted({row["bits_of_inputs"] for row in rows}, reverse=True)
+        return [_spread([row for row in rows if row["bits_of_inputs"] == bits], f"{bits}-bit inputs", _part) for bits in widths]
     counts = sorted({row["vectors"] for row in rows})
-    return [_spread(rows, count, _part if count == 1 else _against_dense) for count in counts]
+    heads = [f"{count} vector{'s' * (count > 1)}" for count in counts]
+    cells = [_part if count == 1 else _against_dense for count in counts]
+    return [
+        _spread([row for row in rows if row["vectors"] == count], head, cell)
+        for count, head, cell in zip(counts, heads, cells, strict=True)
+    ]
 
 
-def _spread(rows: list[dict], vectors: int, cell: Callable[[dict], str]) -> tuple[list[str], list[list[str]]]:
+def _spread(here: list[dict], head: str, cell: Callable[[dict], str]) -> tuple[list[str], list[list[str]]]:
     """Weights down, shapes and threads across."""
-    here = [row for row in rows if row["vectors"] == vectors]
     places = list(dict.fromkeys((row["threads"], *row["shape"]) for row in sorted(here, key=lambda row: row["threads"])))
     found = {(row["weights"], row["threads"], *row["shape"]): cell(row) for row in here}
     heads = [
-        f"{vectors} vector{'s' * (vectors > 1)}",
+        head,
         *(f"{threads} thread{'s' * (threads > 1)}: {rows}x{columns}" for threads, rows, columns in places),
     ]
     return heads, [[name, *(found.get((name, *place), "-") for place in places)] for name in dict.fromkeys(row["weights"] for row in here)]

@@ -31,7 +31,7 @@ def table(path: Path) -> str:
     if "models" in result:
         return _markdown(*whole_model(result))
     rows = result["rows"]
-    if "vectors" in rows[0]:
+    if "vectors" in rows[0] or "bits_of_inputs" in rows[0]:
         return "\n".join(_markdown(*one) for one in products(result))
     if "perplexity" not in rows[0]:
         return _plain(rows)

@@ -7,11 +7,12 @@
 // Inputs have 15 bits and a sign, levels as many as the sums then have room for, 15 and a sign at most: what a few neighbouring inputs add up to is
 // looked at when they are made ready.
 #pragma once
-#include "../avx512/columns.h"
-#include "../fixed.h"
 #include <algorithm>
 #include <cstring>
 #include <limits>
+
+#include "../avx512/columns.h"
+#include "../fixed.h"
 
 namespace fewbits {
 namespace FEWBITS_ISA {

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from fewbits.formats.additive import Additive
 from fewbits.formats.binary import Binary
+from fewbits.formats.dense import Dense
 from fewbits.formats.transposed import Transposed
 from fewbits.kernels import dispatch, native
 
@@ -63,6 +64,38 @@ def test_codewords_of_any_shape_agree(rows, columns, unit, bits, books, transpos
     one = Transposed(term) if transposed else term
     assert one.matmul(torch.randn(1, one.shape[1])).shape == (1, one.shape[0])
     assert_agrees(one, torch.randn(2, one.shape[1], generator=generator))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("unit", "books", "bits"), [(4, 1, 12), (8, 1, 16), (8, 2, 8), (16, 3, 5)])
+def test_codewords_are_decoded_as_the_definition_has_them(isa, unit, books, bits, dtype):
+    generator = torch.Generator().manual_seed(bits)
+    for kind, rows, columns in ((torch.float16, 70, 6 * unit), (torch.bfloat16, 3, 5 * unit - 3), (torch.float32, 130, unit)):
+        codes = torch.randint(2**bits, (rows, -(-columns // unit), books), generator=generator)
+        scales = torch.rand(rows, 1, generator=generator).half() if rows > 3 else None
+        term = Additive.from_codes(codes, torch.randn(books, 2**bits, unit, generator=generator).to(kind), scales, columns=columns)
+        for one in (term, term.in_lines()):
+            (matrix,) = one.factors()
+            found = native.decode(isa, matrix.tensors, matrix.layout, (1, rows), dtype)
+            assert torch.equal(found, one.decode(dtype)[1:])
+
+
+def test_many_vectors_meet_decoded_codewords(isa):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(dispatch.FEW_VECTORS + 1, 64, generator=generator)
+    for entries, decoded in ((4096, 1), (61, 0)):  # of 61 a code could have no codeword
+        codes = torch.randint(entries, (40, 8, 2), generator=generator)
+        term = Additive.from_codes(codes, torch.randn(2, entries, 8, generator=generator))
+        before = dispatch.counts["decode"]
+        torch.testing.assert_close(term.matmul(inputs), inputs @ term.decode().T)
+        assert dispatch.counts["decode"] - before == decoded
+
+
+def test_only_codes_that_all_say_something_along_rows_are_decoded(isa):
+    term = Additive.from_codes(torch.zeros(6, 5, 1, dtype=torch.long), torch.randn(1, 5, 8))
+    for matrix in (*term.factors(), *Dense(torch.randn(4, 4).half()).factors()):
+        with pytest.raises(ValueError, match="only codes are decoded"):
+            native.decode(isa, matrix.tensors, matrix.layout, (0, 1), torch.float32)
 
 
 def test_a_code_without_a_codeword_is_refused(isa):
