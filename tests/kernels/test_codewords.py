@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from fewbits.formats.additive import Additive
 from fewbits.formats.binary import Binary
-from fewbits.formats.dense import Dense
 from fewbits.formats.transposed import Transposed
-from fewbits.kernels import dispatch, native
+from fewbits.kernels import dispatch, layout, native
 
 LIMIT = 1e-6  # of the sum of |input * weight|: what sums of float32 products may be off by
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels were not built")
@@ -82,18 +81,20 @@ def test_codewords_are_decoded_as_the_definition_has_them(isa, unit, books, bits
 
 def test_many_vectors_meet_decoded_codewords(isa):
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(dispatch.FEW_VECTORS + 1, 64, generator=generator)
-    for entries, decoded in ((4096, 1), (61, 0)):  # of 61 a code could have no codeword
-        codes = torch.randint(entries, (40, 8, 2), generator=generator)
+    for entries, fewest in ((4096, 13), (256, 13), (61, None)):  # of 61 a code could have no codeword
+        codes = torch.randint(entries, (70, 8, 2), generator=generator)
         term = Additive.from_codes(codes, torch.randn(2, entries, 8, generator=generator))
-        before = dispatch.counts["decode"]
-        torch.testing.assert_close(term.matmul(inputs), inputs @ term.decode().T)
-        assert dispatch.counts["decode"] - before == decoded
+        for one, few in ((term, fewest), (term.in_lines(), 33 if entries == 256 else fewest)):
+            for vectors in (12, 13, 33):
+                inputs, before = torch.randn(vectors, 64, generator=generator), dispatch.counts["decode"]
+                for _ in range(2):  # what was seen of the term is kept
+                    torch.testing.assert_close(one.matmul(inputs), inputs @ term.decode().T)
+                assert dispatch.counts["decode"] - before == 2 * (few is not None and vectors >= few)
 
 
 def test_only_codes_that_all_say_something_along_rows_are_decoded(isa):
     term = Additive.from_codes(torch.zeros(6, 5, 1, dtype=torch.long), torch.randn(1, 5, 8))
-    for matrix in (*term.factors(), *Dense(torch.randn(4, 4).half()).factors()):
+    for matrix in (*term.factors(), layout.plain(torch.randn(4, 4).half())):
         with pytest.raises(ValueError, match="only codes are decoded"):
             native.decode(isa, matrix.tensors, matrix.layout, (0, 1), torch.float32)
 

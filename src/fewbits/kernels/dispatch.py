@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.kernels import native
-from fewbits.kernels.layout import MIXED, SIGNED, Description, entries, has_codes, has_codewords, lasting
+from fewbits.kernels.layout import MIXED, SIGNED, Description, entries, has_codes, has_codewords, lasting, lies_in_lines
 from fewbits.kernels.triton import gpu
 
-FEW_VECTORS = 32  # up to which every kernel takes codes as they are; above, those that decode a panel of rows for all vectors
+FEW_VECTORS = 32  # up to which kernels take codes as they are; above, those that decode a panel of rows for all vectors
+_FEW_OF_CODEWORDS = 12  # where one is loaded for every code: with 16 vectors and 4096 x 4096 decoding was faster
 _VECTORS_AT_ONCE = 256  # that matrices which are never decoded are multiplied with
 _MOST_VECTORS = {SIGNED: 512, MIXED: 256}  # with 1024 and 512 torch was faster, 2048 x 2048 with rank 16 and 1024 x 1024
 _SPARSE_SHARE = 64  # one entry in so many is few enough for sparse rows to be faster than decoded ones
@@ -44,7 +45,7 @@ def multiply(matrix: Description | None, inputs: Tensor) -> Tensor | None:
     plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
     function = _multiply if plain else _multiply_op
     vectors = inputs.numel() // inputs.shape[-1]
-    if vectors <= FEW_VECTORS or (has_codes(matrix) and (on_gpu(inputs) or _takes_many(inputs.dtype))):
+    if vectors <= _few_vectors(matrix) or (has_codes(matrix) and (on_gpu(inputs) or _takes_many(inputs.dtype))):
         return function(inputs, matrix.tensors, matrix.layout)
     if vectors <= _most_vectors(matrix):
         some = inputs.reshape(-1, inputs.shape[-1]).split(_VECTORS_AT_ONCE)
@@ -84,7 +85,8 @@ def _kept_matrix(term: object, describe: Callable[[], Description | None], input
         kept = _KEPT_MATRICES[term] = _look_at(describe, isa)
         if kept is False:
             return None
-    return None if kept.columns != inputs.shape[-1] or _gradients_are_asked_for((inputs, *kept.tensors)) else kept
+    fits = kept.columns == inputs.shape[-1] and inputs.numel() <= kept.most_numbers
+    return None if not fits or _gradients_are_asked_for((inputs, *kept.tensors)) else kept
 
 
 def _look_at(describe: Callable[[], Description | None], isa: str) -> native.Matrix | Literal[False]:
@@ -95,7 +97,11 @@ def _look_at(describe: Callable[[], Description | None], isa: str) -> native.Mat
     whole = min(matrix.layout[:2]) > 0 and all(tensor.is_contiguous() for tensor in matrix.tensors)
     if not whole or any(tensor.device.type != "cpu" for tensor in matrix.tensors):
         return False
-    return native.Matrix(isa, matrix.tensors, matrix.layout)
+    return native.Matrix(isa, matrix.tensors, matrix.layout, _few_vectors(matrix))
+
+
+def _few_vectors(matrix: Description) -> int:
+    return _FEW_OF_CODEWORDS if has_codewords(matrix) and not lies_in_lines(matrix) else FEW_VECTORS
 
 
 def _most_vectors(matrix: Description) -> float:
@@ -106,7 +112,7 @@ def _most_vectors(matrix: Description) -> float:
     """
     if matrix.layout[2] == 0 and matrix.layout[3] in _MOST_VECTORS:
         return _MOST_VECTORS[matrix.layout[3]]
-    return math.inf if _SPARSE_SHARE * entries(matrix) < matrix.layout[0] * matrix.layout[1] else FEW_VECTORS
+    return math.inf if _SPARSE_SHARE * entries(matrix) < matrix.layout[0] * matrix.layout[1] else _few_vectors(matrix)
 
 
 def decode(matrix: Description | None, dtype: torch.dtype) -> Tensor | None:

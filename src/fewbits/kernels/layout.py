@@ -161,6 +161,11 @@ def has_codewords(matrix: Description) -> bool:
     return entries == 1 << width and not transposed
 
 
+def lies_in_lines(matrix: Description) -> bool:
+    """Whether the codes of a matrix of codewords do."""
+    return bool(matrix.layout[10])
+
+
 def entries(matrix: Description) -> int:
     """How many numbers a matrix stores: those of compressed sparse rows, or all."""
     return matrix.layout[-1] if matrix.layout[2:4] == (0, SPARSE) else matrix.layout[0] * matrix.layout[1]

@@ -114,9 +114,11 @@ def multiply(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], inputs:
 class Matrix:
     """A matrix that `layout` describes, looked at once to be multiplied often. It holds the tensors, which may not change."""
 
-    def __init__(self, isa: str, tensors: Sequence[Tensor], layout: Sequence[int]) -> None:
+    def __init__(self, isa: str, tensors: Sequence[Tensor], layout: Sequence[int], vectors: int) -> None:
+        """`vectors` are as many as it is to be multiplied with at the most."""
         assert _extension is not None
         self.isa, self.tensors, self.columns, self._rows = isa, tuple(tensors), layout[1], layout[0]
+        self.most_numbers = vectors * self.columns
         self._places = [tensor.data_ptr() for tensor in self.tensors]
         self._matrix = _extension.Matrix(isa, layout, buffers(self.tensors))
 
