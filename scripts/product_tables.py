@@ -34,7 +34,11 @@ def _spread(here: list[dict], head: str, cell: Callable[[dict], str]) -> tuple[l
 
 
 def _part(row: dict) -> str:
-    return _quartiles(row["of_read_pass"]) if "of_read_pass" in row else "-"
+    """Of a read-only pass, and how many times as fast as torch in bfloat16 where that was timed."""
+    if "of_read_pass" not in row:
+        return "-"
+    times = row.get("times_as_fast_as_bfloat16")
+    return _quartiles(row["of_read_pass"]) + ("" if times is None else f" / {times:.1f}")
 
 
 def _against_dense(row: dict) -> str:
