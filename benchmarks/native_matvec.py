@@ -44,8 +44,9 @@ from fewbits.layers.linear import CompressedLinear, StoredLinear
 
 SHAPES, VECTORS, GROUP = ("4096x4096", "11008x4096", "4096x11008"), (1, 8, 32), 128
 MEMORY = 256 * 2**20
-_BURST = 0.006  # seconds, about
+BURST = 0.006  # seconds, about
 _MAY_WAIT = 0.02  # of that and its read passes, by all threads together
+_AWAKE = torch.zeros(2**20, dtype=torch.uint8)
 APART = 64 * 2**20  # bytes of the copies of one matrix: twice what the last-level cache holds
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -233,6 +234,16 @@ def quartiles(values: list[float]) -> list[float]:
     return [middle, low, high]
 
 
+def between_passes(call: Callable[[], object], read: Callable[[], object], first: bool) -> tuple[float, float] | None:
+    """Seconds of a call, and of a read-only pass before and behind it, on average; None where something came between."""
+    with in_line(first):
+        native.read_pass(_AWAKE)  # the threads are awake
+        waited = waiting()
+        before, taken, after = (seconds(one) for one in (read, call, read))
+        lost = waiting() - waited > _MAY_WAIT * (before + taken + after) * 1e9
+    return None if lost or max(before, after) > 1.4 * min(before, after) else (taken, (before + after) / 2)
+
+
 def burst(
     copies: list[tuple[int, Product]], count: int, inputs: torch.Tensor, memory: torch.Tensor, first: bool
 ) -> tuple[float, float] | None:
@@ -240,25 +251,17 @@ def burst(
     size = copies[0][0]
     places = [i * size % (MEMORY - size) // 4096 * 4096 if size < MEMORY else 0 for i in range(count)]
     parts = [memory[place : place + size] for place in places]
-
-    def read() -> float:
-        return seconds(lambda: [native.read_pass(part) for part in parts]) / count
-
-    with in_line(first):
-        native.read_pass(memory[: 2**20])  # the threads are awake
-        waited = waiting()
-        before = read()
-        taken = seconds(lambda: [copies[i % len(copies)][1](inputs) for i in range(count)]) / count
-        after = read()
-        lost = waiting() - waited > _MAY_WAIT * count * (before + taken + after) * 1e9
-    return None if lost or max(before, after) > 1.4 * min(before, after) else (taken, (before + after) / 2)
+    found = between_passes(
+        lambda: [copies[i % len(copies)][1](inputs) for i in range(count)], lambda: [native.read_pass(part) for part in parts], first
+    )
+    return None if found is None else (found[0] / count, found[1] / count)
 
 
 def count_of(copies: list[tuple[int, Product]], inputs: torch.Tensor) -> int:
     """How many products make a burst."""
     for _, product in copies[:2]:
         product(inputs)
-    return 1 + int(_BURST / min(seconds(lambda product=product: product(inputs)) for _, product in copies))
+    return 1 + int(BURST / min(seconds(lambda product=product: product(inputs)) for _, product in copies))
 
 
 def measure(rows: int, columns: int, arguments: argparse.Namespace) -> list[dict[str, object]]:

@@ -12,15 +12,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from native_matvec import MEMORY, coded_sums, digits_of_inputs, in_line, options, quartiles, seconds, size_of, waiting, write
+from native_matvec import BURST, MEMORY, between_passes, coded_sums, digits_of_inputs, options, quartiles, seconds, size_of, write
 
 from fewbits.core.tensor import Term
 from fewbits.formats.coded import describe_terms
 from fewbits.kernels import native, sums
 from fewbits.kernels.layout import Description
 
-BURST = 0.006  # seconds, about
-MAY_WAIT = 0.02  # of a sample, by all threads together
 DIGITS = {16: None, 8: "1"}  # bits of inputs to what is asked for
 
 
@@ -42,22 +40,12 @@ def call_of(copies: list[Description], count: int, rows: int, inputs: torch.Tens
     return call
 
 
-def sample(call: Callable[[], object], memory: torch.Tensor, first: bool) -> tuple[float, float] | None:
-    """Seconds of the call and of reading the memory; None where something came between."""
-    with in_line(first):
-        native.read_pass(memory[: 2**20])  # the threads are awake
-        waited = waiting()
-        before, taken, after = (seconds(one) for one in (lambda: native.read_pass(memory), call, lambda: native.read_pass(memory)))
-        lost = waiting() - waited > MAY_WAIT * (before + taken + after) * 1e9
-    return None if lost or max(before, after) > 1.4 * min(before, after) else (taken, (before + after) / 2)
-
-
 def measure(rows: int, columns: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
     rooms, table = native.Rooms(), []
     memory = rooms.moved(torch.zeros(MEMORY, dtype=torch.uint8)).random_(0, 256)
     weights = {name: copies for name, copies in coded_sums(rows, columns, rooms).items() if name in (arguments.weights or (name,))}
-    found = {name: [described(one) for one in copies] for name, copies in weights.items()}
-    copies_of = {name: [one for one in copies if one is not None] for name, copies in found.items() if copies[0] is not None}
+    descriptions = {name: [described(one) for one in copies] for name, copies in weights.items()}
+    copies_of = {name: [one for one in copies if one is not None] for name, copies in descriptions.items() if copies[0] is not None}
     inputs = torch.randn(1, columns, dtype=torch.bfloat16)
     for threads in arguments.threads:
         torch.set_num_threads(threads)
@@ -71,7 +59,8 @@ def measure(rows: int, columns: int, arguments: argparse.Namespace) -> list[dict
                 for _ in range(arguments.rounds):
                     for name, copies in copies_of.items():
                         read = memory[: counts[name] * size_of(weights[name][0])]
-                        found = sample(call_of(copies, counts[name], rows, inputs), read, arguments.first_in_line)
+                        call = call_of(copies, counts[name], rows, inputs)
+                        found = between_passes(call, lambda read=read: native.read_pass(read), arguments.first_in_line)
                         if found is not None:
                             kept[name].append(found)
                         time.sleep(0.002)

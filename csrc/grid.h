@@ -4,6 +4,7 @@
 
 #include "matrix.h"
 #include "numbers.h"
+#include "rounding.h"
 
 namespace fewbits {
 namespace FEWBITS_ISA {
@@ -177,14 +178,6 @@ static void decode_row(const Coded& w, int64_t row, float* out, float* scratch) 
   }
 }
 
-// Numbers of a type from place `at` on.
-static void put_numbers(const float* values, int64_t count, void* out, int64_t at, Number number) {
-  if (number == Number::f32) return static_cast<void>(std::memcpy(static_cast<float*>(out) + at, values, static_cast<size_t>(count) * 4));
-  uint16_t* to = static_cast<uint16_t*>(out) + at;
-  if (number == Number::f16) for (int64_t c = 0; c < count; ++c) to[c] = float_to_half(values[c]);
-  else for (int64_t c = 0; c < count; ++c) to[c] = float_to_bf16(values[c]);
-}
-
 static void decode(const Coded& w, int64_t first, int64_t last, void* out, Number number, float* scratch) {
   for (int64_t row = first; row < last; ++row) {
     const int64_t at = (row - first) * w.columns;
@@ -193,7 +186,7 @@ static void decode(const Coded& w, int64_t first, int64_t last, void* out, Numbe
       continue;
     }
     decode_row(w, row, scratch, scratch + w.columns);
-    put_numbers(scratch, w.columns, out, at, number);
+    for_number(number, [&](auto type) { write_numbers(type, scratch, w.columns, out, at); });
   }
 }
 

@@ -78,26 +78,29 @@ constexpr int level_bytes(int bits, int digits) { return bits > 6 || digits == 3
 struct Levels {
   int32_t numbers[1 << most_level_bits];
   float unit, zero;
+  double lowest[3];  // of no byte, the lowest one and the lowest two: what they say on average
 
-  Levels(const Coded& w, int bytes) {
+  Levels(const Coded& w, int bytes) : lowest{} {
     const int count = 1 << w.bits;
-    const auto finite = [](float level) { return level - level == 0.0f; };
     float found[1 << most_level_bits], low = 0.0f, high = 0.0f;
-    bool any = false;
+    bool finite[1 << most_level_bits], any = false, all = true;
     for (int i = 0; i < count; ++i) {
       const float level = found[i] = number_at(w.levels.data, i, w.levels.number);
-      if (!finite(level)) continue;
+      finite[i] = level - level == 0.0f, all = all && finite[i];
+      if (!finite[i]) continue;
       low = any && low < level ? low : level, high = any && high > level ? high : level, any = true;
     }
     const double most = (int64_t{1} << (8 * bytes)) - 1, step = (static_cast<double>(high) - low) / most;
     const float only = low < 0.0f ? -low : low;  // where all are the same
     unit = step > 0 ? static_cast<float>(step) : only > 0.0f ? only / static_cast<float>(most) : 1.0f;
     zero = static_cast<float>(-static_cast<double>(low) / unit);
-    for (int i = 0; i < 1 << most_level_bits; ++i) {
-      const double place = finite(found[i % count]) ? (static_cast<double>(found[i % count]) - low) / unit : 0.0;
+    if (count < 256 && !all) unit = as_float(0x7fc00000);
+    for (int i = 0; i < count; ++i) {
+      const double place = finite[i] ? (static_cast<double>(found[i]) - low) / unit : 0.0;
       numbers[i] = place > 0 ? static_cast<int32_t>((place < most ? place : most) + 0.5) : 0;
-      if (count < 256 && !finite(found[i % count])) unit = as_float(0x7fc00000);
+      for (int without = 1; without < 3; ++without) lowest[without] += static_cast<double>(numbers[i] & ((1 << (8 * without)) - 1)) / count;
     }
+    for (int i = count; i < 1 << most_level_bits; ++i) numbers[i] = numbers[i - count];
   }
 };
 

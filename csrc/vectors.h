@@ -272,7 +272,7 @@ static void decode(const Coded& w, int64_t first, int64_t last, void* out, Numbe
   const auto decode_one = w.unit == 4 ? decode_row<4> : w.unit == 8 ? decode_row<8> : decode_row<16>;
   for (int64_t row = first; row < last; ++row) {
     decode_one(w, row, values, codes);
-    put_numbers(values, w.columns, out, (row - first) * w.columns, number);
+    for_number(number, [&](auto type) { write_numbers(type, values, w.columns, out, (row - first) * w.columns); });
   }
 }
 

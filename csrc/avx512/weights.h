@@ -2,8 +2,7 @@
 //
 // Codes of sixteen rows are exchanged between registers as they are stored, until a lane holds some neighbouring columns of a row: 32 bits
 // of one row, or 64 where two columns make a word. A code is then shifted down and looked up, or converted; four codes of more than four bits are
-// looked up together. The two columns of a word lie 32
-// bits apart in such a lane, so that both leave it at once.
+// looked up together. The two columns of a word lie 32 bits apart in such a lane, so that both leave it at once.
 #pragma once
 #include <type_traits>
 

@@ -59,15 +59,14 @@ static int32_t digit_of(int32_t number, int digits, int digit) {
 // Lower bytes of levels are not multiplied with lower digits of inputs, where both together weigh less than what inputs are rounded by: with a
 // digit not the `without` lowest bytes. What these say is put back as the mean of all levels; what remains is worth less than that rounding.
 static float left_out_of(const Product& product, const Levels& levels, const int32_t* numbers, int64_t count) {
-  const int bits = product.matrix->bits, planes = level_bytes(bits, product.digits), weights = planes > product.digits ? planes : product.digits;
+  const int planes = level_bytes(product.matrix->bits, product.digits), weights = planes > product.digits ? planes : product.digits;
   double sum = 0.0;
   for (int digit = 0; digit < product.digits; ++digit) {
     const int without = digit + planes - weights;
     if (without <= 0) continue;
-    int64_t digits = 0, lowest = 0;
+    int64_t digits = 0;
     for (int64_t i = 0; i < count; ++i) digits += digit_of(numbers[i], product.digits, digit);
-    for (int i = 0; i < 1 << bits; ++i) lowest += levels.numbers[i] & ((1 << (8 * without)) - 1);
-    sum += static_cast<double>(lowest) / (1 << bits) * static_cast<double>(digits * (int64_t{1} << (8 * (product.digits - 1 - digit))));
+    sum += levels.lowest[without] * static_cast<double>(digits * (int64_t{1} << (8 * (product.digits - 1 - digit))));
   }
   return static_cast<float>(sum);
 }
@@ -138,9 +137,9 @@ struct Shape {
   }
 };
 
-// Which lines are asked for before they are needed. Where a line is computed with for longer than memory takes for it, lines must be under way
-// meanwhile: all of them. Where memory is waited for, one in four keeps the processor's own fetching going from page to page, and more would come
-// in its way; so would single lines of a pair, which odd widths end with, and any where codes are only multiplied once.
+// Which lines are asked for before they are needed, as was seen to be fastest: all of them where a line is computed with for longer than memory
+// takes for it; one in four where memory is waited for; none where codes are multiplied only once, or where single lines of a pair would be asked
+// for, which odd widths end with.
 enum class Fetch { none, some, all };
 
 // Register `K` of a run's codes, times 2 to the power of Bits * (K % places); what is above them is masked, or left.

@@ -147,6 +147,17 @@ def test_inputs_that_are_not_finite_give_what_is_not_with_levels_of_rows(isa):
     assert not found[:2].isfinite().any() and bool(found[2].isfinite().all())
 
 
+def test_levels_of_few_bits_are_whole_numbers_where_two_digits_are_enough(isa, monkeypatch):
+    """The kernel of rows' own levels serves 2 to 4 bits, and floats the others: those do not ask how many digits inputs have."""
+    for bits in range(1, 6):
+        term, inputs = codebook(bits, (32, 256), books=32), torch.randn(2, 256, generator=torch.Generator().manual_seed(bits))
+        found = []
+        for digits in ("2", "3"):
+            monkeypatch.setenv("FEWBITS_INPUT_DIGITS", digits)
+            found.append(term.matmul(inputs))
+        assert torch.equal(*found) != (isa == "avx512vnni" and 2 <= bits <= 4)
+
+
 def test_runs_of_rows_by_hand(isa):
     codes = torch.tensor([[0, 1], [1, 0], [0, 0], [1, 1]])
     term = Codebook.from_codes(codes, torch.tensor([[[1.0, 2.0]], [[5.0, 7.0]], [[-1.0, -3.0]]]), None, bits=1, row_ends=(1, 1, 4))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fewbits.formats.dense import Dense
+from fewbits.formats.minifloat import E2M1, E4M3, Minifloat
 from fewbits.formats.stepped import Stepped
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import dispatch, native
@@ -61,6 +62,14 @@ def test_it_is_looked_at_again_where_its_memory_moved_or_other_kernels_were_aske
     assert_product_agrees(term, inputs)
     assert_product_agrees(copy.deepcopy(term), inputs)
     assert len(looks) == 3 and dispatch.counts["multiply"] == before
+
+
+def test_numbers_of_minifloats_are_made_once(looks):
+    for layout, scales in ((E4M3, "float"), (E2M1, "e8m0"), (E2M1, "e4m3")):
+        term = Minifloat.round_to_nearest(torch.randn(48, 64), layout, block_size=32, scale_format=scales)
+        assert_product_agrees(term, torch.randn(2, 64))
+        assert_product_agrees(term, torch.randn(2, 64))
+    assert looks == [native.chosen()] * 3
 
 
 def test_what_is_made_anew_for_each_product_is_not_kept(looks):

@@ -95,7 +95,12 @@ def says_finite_levels(matrix: Description) -> bool:
         return True
     codes, levels = matrix.tensors[:2]
     others = [int(code) for code in (~levels.flatten().isfinite()).nonzero()]
-    return not others or (matrix.layout[2] == 8 and not any(bool((codes == code).any()) for code in others))
+    return not others or (matrix.layout[2] == 8 and not any(_is_among(code, codes) for code in others))
+
+
+def _is_among(code: int, codes: Tensor) -> bool:
+    """By what bytes differ in, a part at a time that caches hold: comparing them and asking for any takes ten times as long."""
+    return any(int((part ^ code).amin()) == 0 for part in codes.flatten().split(2**20))
 
 
 def plain(values: Tensor) -> Description | None:
