@@ -3,8 +3,8 @@
     python benchmarks/products_in_one_call.py [results/benchmarks/products_in_one_call.json] [--rounds 7] [--threads 1 2]
         [--shapes 4096x4096 11008x4096 4096x11008] [--weights NAME ...] [--first-in-line]
 
-Weights, copies, bursts and dropped samples are those of native_matvec.py; here all products of a burst are one call, and so is what is
-read. The vector is bfloat16, as exact as kernels take it (16 bits), or rounded to 8 bits (`FEWBITS_INPUT_DIGITS=1`).
+Weights, copies, bursts and dropped samples are those of native_matvec.py; here all products of a burst are one call of kernels that looked
+at the weights before, as they do once for a model's, and so is what is read. The vector is bfloat16, as exact as kernels take it (16 bits), or rounded to 8 bits (`FEWBITS_INPUT_DIGITS=1`).
 """
 
 import argparse
@@ -27,17 +27,12 @@ def described(terms: tuple[Term, ...]) -> Description | None:
 
 
 def call_of(copies: list[Description], count: int, rows: int, inputs: torch.Tensor) -> Callable[[], object]:
-    some = [copies[i % len(copies)] for i in range(count)]
-    all_of_them = Description(
-        tuple(tensor for one in some for tensor in one.tensors), tuple(number for one in some for number in one.layout)
-    )
-
-    def call() -> object:
-        found = sums.multiply_sums([all_of_them], [rows] * count, inputs)
-        assert found is not None
-        return found
-
-    return call
+    some, isa = [copies[i % len(copies)] for i in range(count)], native.chosen()
+    assert isa is not None
+    tensors, layout = [tensor for one in some for tensor in one.tensors], [number for one in some for number in one.layout]
+    weights = native.Sums(isa, tensors, layout, inputs.shape[-1], [rows] * count, 1)
+    outputs = weights.new_outputs(inputs)
+    return lambda: weights.multiply(inputs, outputs)
 
 
 def measure(rows: int, columns: int, arguments: argparse.Namespace) -> list[dict[str, object]]:

@@ -129,18 +129,30 @@ struct Shape {
 
   // With how many of the highest digits a byte of levels is multiplied.
   static constexpr int digits_of(int plane) { return weights - plane < Digits ? weights - plane : Digits; }
-  // Of a register of codes: look-ups and multiplications.
+  // Of a register of codes: what takes it out of two words, look-ups and multiplications.
   static constexpr int operations() {
     int found = Planes > 0 ? Planes * (2 * parts_of(Bits) - 1) : Digits * Vectors;
+    if (8 % Bits != 0) ++found;
     for (int plane = 0; plane < Planes; ++plane) found += digits_of(plane) * Vectors;
     return found;
   }
 };
 
-// Which lines are asked for before they are needed, as was seen to be fastest: all of them where a line is computed with for longer than memory
-// takes for it; one in four where memory is waited for; none where codes are multiplied only once, or where single lines of a pair would be asked
-// for, which odd widths end with.
-enum class Fetch { none, some, all };
+// Which lines are asked for before they are needed: all where a line is computed with for longer than memory takes for it; one in four where memory
+// is waited for, as more come in the way of what the processor fetches by itself. Both as was seen to be fastest.
+enum class Fetch { all, some };
+
+template <Fetch Asks, int Lines>
+static inline __attribute__((always_inline)) void fetch(const uint8_t* from) {
+  constexpr uintptr_t apart = Asks == Fetch::all ? 64 : 256, bytes = 64 * Lines;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(from) + bytes_ahead, first = (begin + apart - 1) / apart * apart;
+  if constexpr (bytes % apart == 0) {
+#pragma GCC unroll 8
+    for (uintptr_t at = 0; at < bytes; at += apart) _mm_prefetch(reinterpret_cast<const char*>(first + at), _MM_HINT_T1);
+  } else {
+    for (uintptr_t at = first; at < begin + bytes; at += apart) _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
+  }
+}
 
 // Register `K` of a run's codes, times 2 to the power of Bits * (K % places); what is above them is masked, or left.
 template <int Bits, int Places, int K, bool Masked>
@@ -172,11 +184,8 @@ static inline __attribute__((always_inline)) void add_run(const uint8_t* from, c
   using S = Shape<Bits, Digits, Planes, Vectors>;
   __m512i line[Bits];
 #pragma GCC unroll 8
-  for (int i = 0; i < Bits; ++i) {
-    line[i] = _mm512_loadu_si512(from + 64 * i);
-    const bool asks = Asks == Fetch::all || (Asks == Fetch::some && i % 4 == 0 && i + 4 <= Bits);
-    if (asks) _mm_prefetch(reinterpret_cast<const char*>(from) + 64 * i + bytes_ahead, _MM_HINT_T1);
-  }
+  for (int i = 0; i < Bits; ++i) line[i] = _mm512_loadu_si512(from + 64 * i);
+  fetch<Asks, Bits>(from);
   const auto add = [&](auto k) __attribute__((always_inline)) {
     constexpr int at = decltype(k)::value, set = at % S::places * S::repeats + at / S::places % S::repeats;
     const __m512i codes = take<Bits, S::places, at, Planes == 0>(line);
@@ -222,31 +231,29 @@ static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& gr
   const int64_t missing = of.left_out - of.sums;  // places from a group's sums to what its levels leave out
   __m512 total[Vectors];
   for (int v = 0; v < Vectors; ++v) total[v] = _mm512_setzero_ps();
-  for (int64_t column = 0, group = 0; column < w.columns; ++group, units += Vectors, input_sums += Vectors) {
-    const int64_t end = least(column + w.group, w.columns);
-    const __m512 scale = scale_of(grid, group), zero = zero_point_of<Bits>(grid, group);
-    __m512 sum[Vectors];
+  for (int64_t column = 0, group = 0; column < w.columns;) {
+    const int64_t group_end = least((group + 1) * w.group, w.columns), end = least(column + longest, group_end);
+    const bool last = end == group_end;  // what a group has once is added with its last columns
+    const __m512 scale = scale_of(grid, group), zero = last ? zero_point_of<Bits>(grid, group) : _mm512_setzero_ps();
+    __m512i sums[S::sets][S::weights][Vectors];
+#pragma GCC unroll 32
+    for (int i = 0; i < S::sets * S::weights * Vectors; ++i) (&sums[0][0][0])[i] = _mm512_setzero_si512();
+    for (; column < end; column += run, from += 64 * Bits, inputs += 8 * Digits * Vectors) {
+      add_run<Bits, Digits, Planes, Vectors, Asks>(from, inputs, tables, sums, std::make_integer_sequence<int, 8>{});
+    }
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
-      sum[v] = _mm512_mul_ps(zero, _mm512_set1_ps(-input_sums[v]));
-      if constexpr (S::left_out > 0) sum[v] = _mm512_add_ps(sum[v], _mm512_set1_ps(input_sums[v + missing]));
+      __m512 sum = _mm512_mul_ps(zero, _mm512_set1_ps(-input_sums[v]));
+      if constexpr (S::left_out > 0) sum = _mm512_add_ps(sum, _mm512_set1_ps(last ? input_sums[v + missing] : 0.0f));
+      sum = _mm512_fmadd_ps(join<Bits, S, Vectors>(sums, v), _mm512_set1_ps(static_cast<float>(1 << (8 * S::left_out))), sum);
+      total[v] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(units[v])), total[v]);
     }
-    while (column < end) {
-      const int64_t to = least(column + longest, end);
-      __m512i sums[S::sets][S::weights][Vectors];
-#pragma GCC unroll 32
-      for (int i = 0; i < S::sets * S::weights * Vectors; ++i) (&sums[0][0][0])[i] = _mm512_setzero_si512();
-      for (; column < to; column += run, from += 64 * Bits, inputs += 8 * Digits * Vectors) {
-        add_run<Bits, Digits, Planes, Vectors, Asks>(from, inputs, tables, sums, std::make_integer_sequence<int, 8>{});
-      }
-#pragma GCC unroll 4
-      for (int v = 0; v < Vectors; ++v) sum[v] = _mm512_fmadd_ps(join<Bits, S, Vectors>(sums, v), _mm512_set1_ps(static_cast<float>(1 << (8 * S::left_out))), sum[v]);
+    if (!last) continue;
+    if (grid.offsets != nullptr) {
+      const __m512 offset = sixteen_numbers(grid.offsets, group, grid.of_offsets);
+      for (int v = 0; v < Vectors; ++v) total[v] = _mm512_fmadd_ps(offset, _mm512_set1_ps(input_sums[v] * units[v]), total[v]);
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < Vectors; ++v) total[v] = _mm512_fmadd_ps(sum[v], _mm512_mul_ps(scale, _mm512_set1_ps(units[v])), total[v]);
-    if (grid.offsets == nullptr) continue;
-    const __m512 offset = sixteen_numbers(grid.offsets, group, grid.of_offsets);
-    for (int v = 0; v < Vectors; ++v) total[v] = _mm512_fmadd_ps(offset, _mm512_set1_ps(input_sums[v] * units[v]), total[v]);
+    ++group, units += Vectors, input_sums += Vectors;
   }
   for (int v = 0; v < Vectors; ++v) _mm512_store_ps(totals + v * line_rows, total[v]);
 }
@@ -255,12 +262,12 @@ using Sixteen = decltype(&multiply_sixteen<4, 2, 0, 1, Fetch::all>);
 
 template <int Bits, int Digits, int Planes, int Vectors>
 static Sixteen find_function(const Coded& w) {
-  constexpr float memory = 5.5f, scaling = 12.0f;  // cycles a line, and at a group's end
-  constexpr float computing = 8.0f * Shape<Bits, Digits, Planes, Vectors>::operations();  // for 32 columns, which are `Bits` lines
-  constexpr Fetch least_asked = computing >= memory * Bits ? Fetch::all : Bits % 2 == 0 && computing > Bits ? Fetch::some : Fetch::none;
+  constexpr float memory = 7.3f * Bits, scaling = 12.0f;  // cycles for 32 columns, which are `Bits` lines, and at a group's end
+  constexpr float computing = 8.0f * Shape<Bits, Digits, Planes, Vectors>::operations();
   const float runs = static_cast<float>(least(w.group, w.columns)) / run;
-  if (scaling + computing * runs >= memory * Bits * runs) return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::all>;
-  return multiply_sixteen<Bits, Digits, Planes, Vectors, least_asked>;
+  if (computing + scaling / runs >= memory) return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::all>;
+  if constexpr (computing >= memory) return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::all>;
+  else return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::some>;
 }
 
 template <int Bits, int Digits, int Planes>

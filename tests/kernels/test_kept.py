@@ -7,7 +7,10 @@ import weakref
 import pytest
 import torch
 
+from fewbits.core.tensor import CompressedTensor
+from fewbits.formats import coded
 from fewbits.formats.dense import Dense
+from fewbits.formats.lowrank import LowRank
 from fewbits.formats.minifloat import E2M1, E4M3, Minifloat
 from fewbits.formats.stepped import Stepped
 from fewbits.formats.uniform import Uniform
@@ -31,8 +34,8 @@ def assert_product_agrees(term, inputs):
 @pytest.fixture
 def looks(monkeypatch):
     """Every time that a matrix was looked at, its instruction set."""
-    found, look = [], native.Matrix.__init__
-    monkeypatch.setattr(native.Matrix, "__init__", lambda self, isa, *rest: found.append(isa) or look(self, isa, *rest))
+    found, look = [], native.Sums.__init__
+    monkeypatch.setattr(native.Sums, "__init__", lambda self, isa, *rest: found.append(isa) or look(self, isa, *rest))
     return found
 
 
@@ -42,7 +45,7 @@ def test_a_term_is_looked_at_once_and_forgotten_with_it(looks):
         assert_product_agrees(term, inputs)
     assert_product_agrees(term, torch.randn(64))
     assert looks == [native.chosen()] and dispatch.counts["multiply"] == before + 4
-    kept = weakref.ref(dispatch._KEPT_MATRICES[term])
+    kept = weakref.ref(dispatch._KEPT[term])
     del term
     gc.collect()
     assert kept() is None
@@ -64,6 +67,20 @@ def test_it_is_looked_at_again_where_its_memory_moved_or_other_kernels_were_aske
     assert len(looks) == 3 and dispatch.counts["multiply"] == before
 
 
+def test_a_sum_is_looked_at_once_and_forgotten_with_its_terms(looks):
+    first, inputs = uniform(), torch.randn(2, 64)
+    low_rank = LowRank(Dense(torch.randn(48, 4)), Dense(torch.randn(4, 64)))
+    for others in ((low_rank,), (low_rank,), (low_rank, uniform()), (low_rank,)):
+        weight = CompressedTensor((first, *others))
+        torch.testing.assert_close(weight.matmul(inputs), inputs @ weight.decode().T, atol=1e-3, rtol=1e-4)
+    assert len(looks) == 3  # the third sum begins with the same term, whose last sum is what is kept
+    known = weakref.ref(coded._KNOWN[first])
+    kept = weakref.ref(dispatch._KEPT[known()])
+    del first, weight
+    gc.collect()
+    assert known() is None and kept() is None
+
+
 def test_numbers_of_minifloats_are_made_once(looks):
     for layout, scales in ((E4M3, "float"), (E2M1, "e8m0"), (E2M1, "e4m3")):
         term = Minifloat.round_to_nearest(torch.randn(48, 64), layout, block_size=32, scale_format=scales)
@@ -72,12 +89,12 @@ def test_numbers_of_minifloats_are_made_once(looks):
     assert looks == [native.chosen()] * 3
 
 
-def test_what_is_made_anew_for_each_product_is_not_kept(looks):
+def test_what_is_made_anew_for_each_product_is_not_kept():
     scales = Dense((torch.rand(48, 2) + 0.1).half())  # another term, which is decoded for the kernel
     for term in (uniform(scales), Stepped.from_codes(torch.randint(4, (48, 64)), scales, None, bits=2, group_size=32)):
         assert_product_agrees(term, torch.randn(2, 64))
         assert_product_agrees(term, torch.randn(2, 64))
-    assert looks == []
+        assert dispatch._KEPT[term] is False
 
 
 def test_gradients_and_other_inputs_take_the_way_they_did():
@@ -95,12 +112,18 @@ def test_gradients_and_other_inputs_take_the_way_they_did():
 
 def test_layouts_and_digits_that_are_wrong_are_refused():
     found = uniform().described()
-    held = native.buffers(found.tensors)
+    held, layout = native.buffers(found.tensors), (1, 0, *found.layout, 0)
     with pytest.raises(ValueError, match="a buffer is not of the size"):
-        native._extension.Matrix("scalar", found.layout, [held[0], held[1] - 1, *held[2:]])
+        native._extension.Sums("scalar", layout, [held[0], held[1] - 1, *held[2:]], [64, 48])
     with pytest.raises(ValueError, match="a layout ends too early"):
-        native._extension.Matrix("scalar", found.layout[:-1], held)
-    matrix, inputs, outputs = native._extension.Matrix("scalar", found.layout, held), torch.zeros(1, 64), torch.zeros(1, 48)
+        native._extension.Sums("scalar", layout[:-1], held, [64, 48])
+    with pytest.raises(ValueError, match="a sum has other rows or columns"):
+        native._extension.Sums("scalar", layout, held, [64, 47])
+    with pytest.raises(ValueError, match="there must be columns"):
+        native._extension.Sums("scalar", (), [], [])
+    matrix, inputs, outputs = native._extension.Sums("scalar", layout, held, [64, 48]), torch.zeros(1, 64), torch.zeros(1, 48)
     for vectors, digits in ((-1, 3), (2**60, 3), (1, 0), (1, 4)):
         with pytest.raises(ValueError, match=r"out of range|1 to 3 digits"):
-            matrix.multiply(inputs.data_ptr(), outputs.data_ptr(), vectors, 0, 1, digits)
+            matrix.multiply(inputs.data_ptr(), [outputs.data_ptr()], vectors, 0, 1, digits)
+    with pytest.raises(ValueError, match="each sum has outputs"):
+        matrix.multiply(inputs.data_ptr(), [], 1, 0, 1, 3)

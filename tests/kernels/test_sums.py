@@ -310,7 +310,7 @@ def test_sizes_that_lie_are_refused_or_stay_inside(isa, data):
     rows[0] = data.draw(st.sampled_from([12, 12, 13]))
     inputs = torch.ones(data.draw(st.sampled_from([1, 3])), data.draw(st.sampled_from([96, 96, 95])))
     try:
-        found = native.multiply_sums(isa, tensors, told, rows, inputs)
+        found = native.Sums(isa, tensors, told, inputs.shape[1], rows, len(inputs)).multiply(inputs)
     except (ValueError, TypeError, OverflowError):
         return
     assert found[0].shape == (len(inputs), 12) and inputs.shape[1] == 96
@@ -329,4 +329,4 @@ def test_layouts_that_lie_are_refused_by_name(isa):
     for words, several in told.items():
         tensors, layout = [tensor for one in several for tensor in one.tensors], [size for one in several for size in one.layout]
         with pytest.raises(ValueError, match=words):
-            native.multiply_sums(isa, tensors, layout, [12], sample(1, 96))
+            native.Sums(isa, tensors, layout, 96, [12], 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -28,8 +28,8 @@ _MOST_VECTORS = {SIGNED: 512, MIXED: 256}  # with 1024 and 512 torch was faster,
 _SPARSE_SHARE = 64  # one entry in so many is few enough for sparse rows to be faster than decoded ones
 _TILE_BYTES = 4 * 2**20  # of decoded weights that are in memory at once
 
-_kept = threading.local()
-_KEPT_MATRICES: WeakKeyDictionary[object, native.Matrix | Literal[False]] = WeakKeyDictionary()
+_rooms = threading.local()
+_KEPT: WeakKeyDictionary[object, native.Sums | Literal[False]] = WeakKeyDictionary()
 counts: Counter[str] = Counter()  # how often each path computed in this process: "multiply", "decode", "definition"
 
 
@@ -65,39 +65,44 @@ def multiply_term(term: object, describe: Callable[[], Description | None], inpu
 
     A product with few vectors then is little more than the kernel's call.
     """
-    found = _kept_matrix(term, describe, inputs) if not torch.compiler.is_compiling() else None
+    found = kept_sums(term, lambda isa: _look_at(isa, describe), inputs) if not torch.compiler.is_compiling() else None
     if found is None:
         return multiply(describe(), inputs)
     counts["multiply"] += 1
-    return found.multiply(inputs)
+    return found.multiply(inputs)[0]
 
 
-def _kept_matrix(term: object, describe: Callable[[], Description | None], inputs: Tensor) -> native.Matrix | None:
-    """None where `multiply` would do more than call a kernel of the CPU with what is stored."""
-    kept = _KEPT_MATRICES.get(term)
+def kept_sums(key: object, look: Callable[[str], native.Sums | None], inputs: Tensor) -> native.Sums | None:
+    """What `look` sees with an instruction set, kept as long as `key` lives, if few of these inputs meet it and no gradient is asked for.
+
+    None where it sees nothing that could be kept, which is kept, too.
+    """
     few = type(inputs) is Tensor and 0 < inputs.numel() <= FEW_VECTORS * inputs.shape[-1]
+    kept = _KEPT.get(key)
     if kept is False or not few or native.number(inputs.dtype) is None or inputs.device.type != "cpu" or on_gpu(inputs):
         return None
     isa = native.chosen()
     if isa is None:
         return None
     if kept is None or kept.isa != isa or not kept.is_in_place():
-        kept = _KEPT_MATRICES[term] = _look_at(describe, isa)
+        kept = _KEPT[key] = look(isa) or False
         if kept is False:
             return None
     fits = kept.columns == inputs.shape[-1] and inputs.numel() <= kept.most_numbers
     return None if not fits or _gradients_are_asked_for((inputs, *kept.tensors)) else kept
 
 
-def _look_at(describe: Callable[[], Description | None], isa: str) -> native.Matrix | Literal[False]:
-    """False where no kernel of the CPU reads what is stored, or a number is made anew for each product."""
+def may_be_kept(tensors: Sequence[Tensor]) -> bool:
+    """Whether kernels of the CPU read tensors where they are."""
+    return all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _look_at(isa: str, describe: Callable[[], Description | None]) -> native.Sums | None:
+    """None where no kernel of the CPU reads what is stored, or a number is made anew for each product."""
     matrix = lasting(describe)
-    if matrix is None:
-        return False
-    whole = min(matrix.layout[:2]) > 0 and all(tensor.is_contiguous() for tensor in matrix.tensors)
-    if not whole or any(tensor.device.type != "cpu" for tensor in matrix.tensors):
-        return False
-    return native.Matrix(isa, matrix.tensors, matrix.layout, _few_vectors(matrix))
+    if matrix is None or min(matrix.layout[:2]) == 0 or not may_be_kept(matrix.tensors):
+        return None
+    return native.Sums.of_matrix(isa, matrix.tensors, matrix.layout, _few_vectors(matrix))
 
 
 def _few_vectors(matrix: Description) -> int:
@@ -125,9 +130,9 @@ def decode(matrix: Description | None, dtype: torch.dtype) -> Tensor | None:
 def _room(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Memory of this thread for a tile `[rows, columns]`: what the system gives anew each time costs more than the tile's decoding."""
     size = rows * columns * dtype.itemsize
-    kept = getattr(_kept, "room", None)
+    kept = getattr(_rooms, "room", None)
     if kept is None or kept.numel() < size:
-        kept = _kept.room = native.room_like(torch.empty(max(size, _TILE_BYTES), dtype=torch.uint8, device="meta"))
+        kept = _rooms.room = native.room_like(torch.empty(max(size, _TILE_BYTES), dtype=torch.uint8, device="meta"))
     return kept[:size].view(dtype).view(rows, columns)
 
 

@@ -101,54 +101,45 @@ def multiply(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], inputs:
 
     Raises ValueError where the tensors do not have the sizes that the layout says.
     """
-    assert _extension is not None
-    inputs = inputs.contiguous()
-    outputs = inputs.new_empty(*inputs.shape[:-1], layout[0])
-    vectors = inputs.numel() // layout[1]
-    addresses = inputs.data_ptr(), outputs.data_ptr()
-    sizes = vectors, _NUMBERS[inputs.dtype], torch.get_num_threads(), digits(inputs.dtype)
-    _extension.multiply(isa, layout, buffers(tensors), *addresses, *sizes)
-    return outputs
+    return Sums.of_matrix(isa, tensors, layout).multiply(inputs)[0]
 
 
-class Matrix:
-    """A matrix that `layout` describes, looked at once to be multiplied often. It holds the tensors, which may not change."""
+class Sums:
+    """Sums that `layout` describes one behind another (`sums.py`), looked at once to be multiplied often with the same inputs.
 
-    def __init__(self, isa: str, tensors: Sequence[Tensor], layout: Sequence[int], vectors: int) -> None:
-        """`vectors` are as many as it is to be multiplied with at the most."""
+    It holds the tensors, which may not change. Raises ValueError where they do not have the sizes that the layout says.
+    """
+
+    def __init__(
+        self, isa: str, tensors: Sequence[Tensor], layout: Sequence[int], columns: int, rows: Sequence[int], most_vectors: int
+    ) -> None:
+        """`most_vectors` tells callers with how many it is to be multiplied."""
         assert _extension is not None
-        self.isa, self.tensors, self.columns, self._rows = isa, tuple(tensors), layout[1], layout[0]
-        self.most_numbers = vectors * self.columns
+        self.most_numbers = most_vectors * columns
+        self.isa, self.tensors, self.columns, self._rows = isa, tuple(tensors), columns, tuple(rows)
         self._places = [tensor.data_ptr() for tensor in self.tensors]
-        self._matrix = _extension.Matrix(isa, layout, buffers(self.tensors))
+        self._sums = _extension.Sums(isa, layout, buffers(self.tensors), [columns, *rows])
+
+    @classmethod
+    def of_matrix(cls, isa: str, tensors: Sequence[Tensor], layout: Sequence[int], most_vectors: int = 0) -> Sums:
+        """The only one of a matrix that `layout` describes (`layout.py`)."""
+        return cls(isa, tensors, (1, 0, *layout, 0), layout[1], layout[:1], most_vectors)
 
     def is_in_place(self) -> bool:
         """Whether the tensors' memory is where it was: sharing memory with other processes moves it."""
         return self._places == [tensor.data_ptr() for tensor in self.tensors]
 
-    def multiply(self, inputs: Tensor) -> Tensor:
-        """As the function of that name."""
+    def new_outputs(self, inputs: Tensor) -> list[Tensor]:
+        """Room for the product `[..., rows]` of `inputs [..., columns]` with each sum."""
+        return [inputs.new_empty(*inputs.shape[:-1], count) for count in self._rows]
+
+    def multiply(self, inputs: Tensor, outputs: list[Tensor] | None = None) -> list[Tensor]:
+        """`inputs [..., columns]` times each of the sums, transposed, in the dtype of the inputs; in `new_outputs` that there are, or in new ones."""
         inputs = inputs.contiguous()
-        outputs = inputs.new_empty(*inputs.shape[:-1], self._rows)
-        vectors = inputs.numel() // self.columns
-        sizes = vectors, _NUMBERS[inputs.dtype], torch.get_num_threads(), digits(inputs.dtype)
-        self._matrix.multiply(inputs.data_ptr(), outputs.data_ptr(), *sizes)
+        outputs = self.new_outputs(inputs) if outputs is None else outputs
+        sizes = inputs.numel() // self.columns, _NUMBERS[inputs.dtype], torch.get_num_threads(), digits(inputs.dtype)
+        self._sums.multiply(inputs.data_ptr(), [output.data_ptr() for output in outputs], *sizes)
         return outputs
-
-
-def multiply_sums(isa: str, tensors: Sequence[Tensor], layout: Sequence[int], rows: Sequence[int], inputs: Tensor) -> list[Tensor]:
-    """`inputs [..., columns]` times each of the sums that `layout` describes one behind the other, which have so many `rows`.
-
-    Raises ValueError where the tensors do not have the sizes that the layout says.
-    """
-    assert _extension is not None
-    inputs = inputs.contiguous()
-    outputs = [inputs.new_empty(*inputs.shape[:-1], count) for count in rows]
-    vectors = inputs.numel() // inputs.shape[-1]
-    sizes = vectors, _NUMBERS[inputs.dtype], torch.get_num_threads(), digits(inputs.dtype)
-    columns, found = inputs.shape[-1], [output.data_ptr() for output in outputs]
-    _extension.multiply_sums(isa, layout, buffers(tensors), inputs.data_ptr(), found, [columns, *rows], *sizes)
-    return outputs
 
 
 def decode(

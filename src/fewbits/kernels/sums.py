@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import native
-from fewbits.kernels.dispatch import FEW_VECTORS, counts, on_gpu, usable
+from fewbits.kernels.dispatch import FEW_VECTORS, counts, kept_sums, may_be_kept, on_gpu, usable
 from fewbits.kernels.layout import Description
 
 Factors = tuple[Description, ...]  # a matrix, or two: what inputs meet last, and what they meet first
@@ -46,25 +46,43 @@ def describe_sum(terms: Sequence[Factors] | None, biases: Sequence[Tensor] = ())
     return Description(tuple(tensors), tuple(layout))
 
 
-def multiply_sums(sums: Sequence[Description], rows: Sequence[int], inputs: Tensor) -> list[Tensor] | None:
+def multiply_sums(sums: Sequence[Description], rows: Sequence[int], inputs: Tensor, key: object = None) -> list[Tensor] | None:
     """`inputs [..., columns]` times each of some sums, which have so many `rows`, in the inputs' dtype: terms are added in float32.
 
+    `key` stands for these sums, which never change: what was seen of them is kept as long as it lives.
     None where a kernel does not serve: as `dispatch.multiply` has it, and for more than `FEW_VECTORS` vectors.
     """
-    tensors = sums[0].tensors if len(sums) == 1 else tuple(tensor for one in sums for tensor in one.tensors)
-    whole = all(tensor.is_contiguous() for tensor in tensors) and min(*rows, inputs.shape[-1]) > 0
-    if not whole or not may_add(inputs) or not usable(inputs.dtype, (inputs, *tensors)):
+    if not may_add(inputs):
         return None
-    layout = sums[0].layout if len(sums) == 1 else tuple(number for one in sums for number in one.layout)
     plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
+    if key is not None and plain:
+        kept = kept_sums(key, lambda isa: _look_at(isa, sums, rows, inputs.shape[-1]), inputs)
+        if kept is not None:
+            counts["multiply_sums"] += 1
+            return kept.multiply(inputs)
+    tensors, layout = _joined(sums)
+    whole = all(tensor.is_contiguous() for tensor in tensors) and min(*rows, inputs.shape[-1]) > 0
+    if not whole or not usable(inputs.dtype, (inputs, *tensors)):
+        return None
     return (_multiply_sums if plain else _multiply_sums_op)(inputs, tensors, layout, list(rows))
+
+
+def _joined(sums: Sequence[Description]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    if len(sums) == 1:
+        return sums[0].tensors, sums[0].layout
+    return tuple(tensor for one in sums for tensor in one.tensors), tuple(number for one in sums for number in one.layout)
+
+
+def _look_at(isa: str, sums: Sequence[Description], rows: Sequence[int], columns: int) -> native.Sums | None:
+    tensors, layout = _joined(sums)
+    return native.Sums(isa, tensors, layout, columns, rows, FEW_VECTORS) if min(*rows, columns) > 0 and may_be_kept(tensors) else None
 
 
 def _multiply_sums(inputs: Tensor, tensors: Sequence[Tensor], layout: Sequence[int], rows: Sequence[int]) -> list[Tensor]:
     isa = native.chosen()
     assert isa is not None
     counts["multiply_sums"] += 1
-    return native.multiply_sums(isa, tensors, layout, rows, inputs)
+    return native.Sums(isa, tensors, layout, inputs.shape[-1], rows, FEW_VECTORS).multiply(inputs)
 
 
 _LIBRARY = torch.library.Library("fewbits", "FRAGMENT")
