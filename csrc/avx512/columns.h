@@ -81,9 +81,10 @@ struct PanelRows {
 
 // The numbers of a group that sixteen rows have, where they lie in lines. Those of groups to come are asked for: by itself a processor fetches
 // up to the end of a page, which numbers of sixteen rows mostly are.
-static inline __attribute__((always_inline)) __m512 sixteen_numbers(const void* data, int64_t group, Number number) {
+constexpr int64_t numbers_ahead = 2048;  // bytes
+static inline __attribute__((always_inline)) __m512 sixteen_numbers(const void* data, int64_t group, Number number, int64_t ahead = numbers_ahead) {
   const uint8_t* from = static_cast<const uint8_t*>(data) + 16 * group * (number == Number::f32 ? 4 : 2);
-  __builtin_prefetch(from + 2048, 0, 2);
+  __builtin_prefetch(from + ahead, 0, 2);
   if (number == Number::f32) return _mm512_loadu_ps(from);
   return few_numbers(reinterpret_cast<const uint16_t*>(from), 16, number == Number::f16);
 }

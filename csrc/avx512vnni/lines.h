@@ -127,14 +127,17 @@ struct Shape {
   static constexpr int repeats = weights * Vectors * places < enough ? enough / (weights * Vectors * places) : 1;
   static constexpr int sets = places * repeats;
 
+  // Of register `k` of a run's codes; of a set, how much higher its codes are.
+  static constexpr int set_of(int k) { return k % places * repeats + k / places % repeats; }
+  static constexpr int shift_of(int set) { return Bits * (set / repeats); }
+
   // With how many of the highest digits a byte of levels is multiplied.
   static constexpr int digits_of(int plane) { return weights - plane < Digits ? weights - plane : Digits; }
-  // Of a register of codes: what takes it out of two words, look-ups and multiplications.
-  static constexpr int operations() {
-    int found = Planes > 0 ? Planes * (2 * parts_of(Bits) - 1) : Digits * Vectors;
-    if (8 % Bits != 0) ++found;
-    for (int plane = 0; plane < Planes; ++plane) found += digits_of(plane) * Vectors;
-    return found;
+  // For a run, about as many cycles: what takes codes out of words, look-ups and multiplications.
+  static constexpr float computing() {
+    int each = Planes > 0 ? Planes * (2 * parts_of(Bits) - 1) : Digits * Vectors;
+    for (int plane = 0; plane < Planes; ++plane) each += digits_of(plane) * Vectors;
+    return 8.0f * static_cast<float>(each) + (8 % Bits != 0 ? 8.0f : 0.0f);
   }
 };
 
@@ -165,11 +168,14 @@ static inline __attribute__((always_inline)) __m512i take(const __m512i* line) {
     const __m512i all = down == 0 ? line[K / fields] : _mm512_srli_epi32(line[K / fields], static_cast<unsigned>(Bits * down));
     return Masked ? _mm512_and_si512(all, _mm512_set1_epi8(static_cast<char>(mask << (Bits * place)))) : all;
   } else {  // four codes are within 32 bits of a row, of one word or of two
-    constexpr int first = 4 * Bits * K, word = first / 32, bit = first % 32;
+    constexpr int first = 4 * Bits * K, word = first / 32, bit = first % 32, behind = bit + 4 * Bits > 32 ? 0 : bit;
     __m512i all = line[word];
-    if constexpr (bit != 0) all = _mm512_srli_epi32(all, bit);
-    if constexpr (bit + 4 * Bits > 32) all = _mm512_or_si512(all, _mm512_slli_epi32(line[word + 1], 32 - bit));
-    constexpr uint64_t starts = Bits << 8 | 2 * Bits << 16 | static_cast<uint64_t>(3 * Bits) << 24;
+    if constexpr (behind != bit) all = _mm512_or_si512(_mm512_srli_epi32(all, bit), _mm512_slli_epi32(line[word + 1], 32 - bit));
+    constexpr uint64_t starts = [] {
+      uint64_t made = 0;
+      for (int i = 0; i < 4; ++i) made |= static_cast<uint64_t>(behind + i * Bits) << (8 * i);
+      return made;
+    }();
     constexpr uint64_t both = starts | (starts + 0x20202020) << 32;
     const __m512i codes = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(static_cast<int64_t>(both)), all);
     return Masked ? _mm512_and_si512(codes, _mm512_set1_epi8(mask)) : codes;
@@ -187,7 +193,7 @@ static inline __attribute__((always_inline)) void add_run(const uint8_t* from, c
   for (int i = 0; i < Bits; ++i) line[i] = _mm512_loadu_si512(from + 64 * i);
   fetch<Asks, Bits>(from);
   const auto add = [&](auto k) __attribute__((always_inline)) {
-    constexpr int at = decltype(k)::value, set = at % S::places * S::repeats + at / S::places % S::repeats;
+    constexpr int at = decltype(k)::value, set = S::set_of(at);
     const __m512i codes = take<Bits, S::places, at, Planes == 0>(line);
 #pragma GCC unroll 4
     for (int plane = 0; plane < (Planes > 0 ? Planes : 1); ++plane) {
@@ -206,7 +212,7 @@ static inline __attribute__((always_inline)) void add_run(const uint8_t* from, c
 }
 
 // What the sums of a vector come to, in units.
-template <int Bits, class S, int Vectors>
+template <class S, int Vectors>
 static inline __attribute__((always_inline)) __m512 join(const __m512i (*sums)[S::weights][Vectors], int v) {
   __m512 total = _mm512_setzero_ps();
 #pragma GCC unroll 8
@@ -215,7 +221,7 @@ static inline __attribute__((always_inline)) __m512 join(const __m512i (*sums)[S
 #pragma GCC unroll 8
     for (int s = 1; s < S::sets; ++s) {
       const __m512i more = sums[s][weight][v];
-      all = _mm512_add_epi32(all, s < S::repeats ? more : _mm512_srai_epi32(more, static_cast<unsigned>(Bits * (s / S::repeats))));
+      all = _mm512_add_epi32(all, S::shift_of(s) == 0 ? more : _mm512_srai_epi32(more, static_cast<unsigned>(S::shift_of(s))));
     }
     const __m512 numbers = _mm512_cvtepi32_ps(all);
     total = weight == 0 ? numbers : _mm512_fmadd_ps(total, _mm512_set1_ps(256.0f), numbers);
@@ -245,7 +251,7 @@ static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& gr
     for (int v = 0; v < Vectors; ++v) {
       __m512 sum = _mm512_mul_ps(zero, _mm512_set1_ps(-input_sums[v]));
       if constexpr (S::left_out > 0) sum = _mm512_add_ps(sum, _mm512_set1_ps(last ? input_sums[v + missing] : 0.0f));
-      sum = _mm512_fmadd_ps(join<Bits, S, Vectors>(sums, v), _mm512_set1_ps(static_cast<float>(1 << (8 * S::left_out))), sum);
+      sum = _mm512_fmadd_ps(join<S, Vectors>(sums, v), _mm512_set1_ps(static_cast<float>(1 << (8 * S::left_out))), sum);
       total[v] = _mm512_fmadd_ps(sum, _mm512_mul_ps(scale, _mm512_set1_ps(units[v])), total[v]);
     }
     if (!last) continue;
@@ -263,7 +269,7 @@ using Sixteen = decltype(&multiply_sixteen<4, 2, 0, 1, Fetch::all>);
 template <int Bits, int Digits, int Planes, int Vectors>
 static Sixteen find_function(const Coded& w) {
   constexpr float memory = 7.3f * Bits, scaling = 12.0f;  // cycles for 32 columns, which are `Bits` lines, and at a group's end
-  constexpr float computing = 8.0f * Shape<Bits, Digits, Planes, Vectors>::operations();
+  constexpr float computing = Shape<Bits, Digits, Planes, Vectors>::computing();
   const float runs = static_cast<float>(least(w.group, w.columns)) / run;
   if (computing + scaling / runs >= memory) return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::all>;
   if constexpr (computing >= memory) return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::all>;

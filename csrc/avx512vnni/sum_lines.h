@@ -98,6 +98,12 @@ static void multiply_blocks(const Coded& w, const uint8_t* codes, const lines::G
   const int64_t apart = line_rows * w.row_bytes, whole = w.row_bytes / word_bytes, words = ceiling(w.row_bytes, word_bytes), groups = w.groups;
   const int64_t far = Halves ? Blocks * apart : fetched_ahead + (Blocks - 1) * apart, turn = Halves ? 0 : words - fetched_ahead / 64;
   const Number of_scales = grids[0].of_scales, of_offsets = grids[0].of_offsets;
+  // Numbers of the rows that come after all these: those just behind a row's are read meanwhile.
+  const auto numbers_of_next = [&](Number number) {
+    const int64_t bytes = Blocks * groups * line_rows * (number == Number::f32 ? 4 : 2);
+    return bytes > numbers_ahead ? bytes : numbers_ahead;
+  };
+  const int64_t scales_ahead = numbers_of_next(of_scales), offsets_ahead = numbers_of_next(of_offsets);
   const Split<Kind> split;
   Places places[Blocks];  // of the last word that was read, in which the next group may begin
   __m512 found[Blocks];
@@ -129,13 +135,13 @@ static void multiply_blocks(const Coded& w, const uint8_t* codes, const lines::G
       __m512 sum = _mm512_cvtepi32_ps(sums[0][b]);
 #pragma GCC unroll 4
       for (int p = 1; p < Planes; ++p) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(256.0f), _mm512_cvtepi32_ps(sums[p][b]));
-      const __m512 scale = grids[b].scales == nullptr ? unit : _mm512_mul_ps(unit, sixteen_numbers(grids[b].scales, group, of_scales));
+      const __m512 scale = grids[b].scales == nullptr ? unit : _mm512_mul_ps(unit, sixteen_numbers(grids[b].scales, group, of_scales, scales_ahead));
       found[b] = _mm512_fmadd_ps(sum, scale, found[b]);
     }
     if (grids[0].offsets == nullptr) continue;
     const __m512 of_inputs = _mm512_set1_ps(prepared[plan.sums + group]);
 #pragma GCC unroll 4
-    for (int b = 0; b < Blocks; ++b) found[b] = _mm512_fmadd_ps(sixteen_numbers(grids[b].offsets, group, of_offsets), of_inputs, found[b]);
+    for (int b = 0; b < Blocks; ++b) found[b] = _mm512_fmadd_ps(sixteen_numbers(grids[b].offsets, group, of_offsets, offsets_ahead), of_inputs, found[b]);
   }
 #pragma GCC unroll 4
   for (int b = 0; b < Blocks; ++b) totals[b] = found[b];
