@@ -253,19 +253,16 @@ static void multiply_kind(const Strip& strip) {
   }
 }
 
-// All rows of a strip, as many at once as registers allow.
+// All rows of a strip, as many at once as registers allow. Where there are fewer the last one is taken again, and nobody reads its sums.
 template <int Bits, int Digits>
 static void multiply_rows(Strip strip, int64_t rows) {
   constexpr int many = Block<Bits, Digits>::rows, few = Block<Bits, Digits>::rows_of_tile;
   const bool one = strip.plan->tile == 1;
-  while (rows > 0) {
-    int64_t taken = 1;
-    if (one && rows >= many) multiply_kind<Bits, Digits, many, 1>(strip), taken = many;
-    else if (one) multiply_kind<Bits, Digits, 1, 1>(strip);
-    else if (rows >= few) multiply_kind<Bits, Digits, few, tile_vectors>(strip), taken = few;
-    else multiply_kind<Bits, Digits, 1, tile_vectors>(strip);
-    rows -= taken;
-    for (int64_t r = 0; r < rows; ++r) strip.codes[r] = strip.codes[r + taken];
+  for (const int64_t taken = one ? many : few; rows > 0; rows -= taken) {
+    for (int64_t r = rows; r < taken; ++r) strip.codes[r] = strip.codes[rows - 1];
+    if (one) multiply_kind<Bits, Digits, many, 1>(strip);
+    else multiply_kind<Bits, Digits, few, tile_vectors>(strip);
+    for (int64_t r = taken; r < rows; ++r) strip.codes[r - taken] = strip.codes[r];
     strip.scales += taken * strip.stride;
     strip.away += taken * lanes;
     strip.sums += taken * strip.sums_stride;

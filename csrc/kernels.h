@@ -166,17 +166,17 @@ static void multiply_strip(const Strip& strip) {
   for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) strip.sums[r * strip.stride + v] += sum(totals[r][v]);
 }
 
+// Where there are fewer rows than are taken at once the last one is taken again, and nobody reads its sums.
 template <int Bits, bool Levels>
-static int64_t multiply_some(const Strip& strip, int64_t rows, int64_t vectors) {
-  if (vectors == 1) {
-    if (rows >= 4) return multiply_strip<Bits, Levels, 4, 1>(strip), 4;
-    return multiply_strip<Bits, Levels, 1, 1>(strip), 1;
-  }
-  if (rows >= 2) return multiply_strip<Bits, Levels, 2, tile_vectors>(strip), 2;
-  return multiply_strip<Bits, Levels, 1, tile_vectors>(strip), 1;
+static int64_t multiply_some(Strip& strip, int64_t rows, int64_t vectors) {
+  const int64_t taken = vectors == 1 ? 4 : 2;
+  for (int64_t r = rows; r < taken; ++r) strip.codes[r] = strip.codes[rows - 1], strip.scales[r] = strip.scales[rows - 1], strip.levels[r] = strip.levels[rows - 1];
+  if (vectors == 1) multiply_strip<Bits, Levels, 4, 1>(strip);
+  else multiply_strip<Bits, Levels, 2, tile_vectors>(strip);
+  return taken;
 }
 
-using Some = int64_t (*)(const Strip&, int64_t rows, int64_t vectors);
+using Some = int64_t (*)(Strip&, int64_t rows, int64_t vectors);
 
 template <bool Levels, int... Before>
 static Some find_width(int bits, std::integer_sequence<int, Before...>) {

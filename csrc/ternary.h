@@ -172,19 +172,18 @@ static void multiply_strip(const Strip& strip, const Table& table, const Inputs&
   for (int r = 0; r < Rows; ++r) for (int v = 0; v < Vectors; ++v) strip.sums[r][v] = sum(totals[r][v]);
 }
 
+// As many rows at once as registers allow. Where there are fewer the last one is taken again.
 template <int Digits>
 static void multiply_rows(Strip strip, const Plan& plan, const Table& table, const Inputs& inputs, int64_t rows) {
-  while (rows > 0) {
-    int64_t taken = 1;
-    if (plan.tile == 1 && rows >= rows_at_once) multiply_strip<Digits, rows_at_once, 1>(strip, table, inputs, plan.blocks), taken = rows_at_once;
-    else if (plan.tile == 1) multiply_strip<Digits, 1, 1>(strip, table, inputs, plan.blocks);
-    else if (rows >= rows_of_tile) multiply_strip<Digits, rows_of_tile, tile_vectors>(strip, table, inputs, plan.blocks), taken = rows_of_tile;
-    else multiply_strip<Digits, 1, tile_vectors>(strip, table, inputs, plan.blocks);
-    rows -= taken;
-    for (int64_t r = 0; r < rows; ++r) {
-      strip.codes[r] = strip.codes[r + taken];
-      strip.scales[r] = strip.scales[r + taken];
-      strip.sums[r] = strip.sums[r + taken];
+  const bool one = plan.tile == 1;
+  for (const int64_t taken = one ? rows_at_once : rows_of_tile; rows > 0; rows -= taken) {
+    for (int64_t r = rows; r < taken; ++r) strip.codes[r] = strip.codes[rows - 1], strip.scales[r] = strip.scales[rows - 1], strip.sums[r] = strip.sums[rows - 1];
+    if (one) multiply_strip<Digits, rows_at_once, 1>(strip, table, inputs, plan.blocks);
+    else multiply_strip<Digits, rows_of_tile, tile_vectors>(strip, table, inputs, plan.blocks);
+    for (int64_t r = taken; r < rows; ++r) {
+      strip.codes[r - taken] = strip.codes[r];
+      strip.scales[r - taken] = strip.scales[r];
+      strip.sums[r - taken] = strip.sums[r];
     }
   }
 }

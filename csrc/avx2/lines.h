@@ -210,10 +210,9 @@ template <int Bits, int Digits, bool Looked, int Halves, int Vectors, bool Begin
 static inline __attribute__((always_inline)) void add_run(const uint8_t* from, const int32_t* inputs, const __m256i* tables,
                                                           Sums<Shape<Bits, Digits, Looked>, Halves, Vectors>& sums, std::integer_sequence<int, K...>) {
   using S = Shape<Bits, Digits, Looked>;
-  // Bytes of one vector are computed with faster than memory gives them, which is fastest if nothing else is asked for.
-  constexpr bool fetches = Bits < 8 || Vectors > 1;
-#pragma GCC unroll 8
-  for (int i = 0; i < Bits && fetches; ++i) _mm_prefetch(reinterpret_cast<const char*>(from) + 64 * i + bytes_ahead, _MM_HINT_T1);
+  // Bytes of one vector are computed with faster than memory gives them, which is fastest if nothing else is asked for; four bits, as far as memory.
+  constexpr bool waits = Bits == 4 && Digits * Vectors == 1 && S::bytes;
+  if constexpr (Bits < 8 || Vectors > 1) fetch<waits ? Fetch::some : Fetch::all, Bits, bytes_ahead>(from);
   const auto add = [&](auto k) __attribute__((always_inline)) {
     constexpr int at = decltype(k)::value;
     if constexpr (S::bytes) {

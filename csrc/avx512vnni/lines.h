@@ -14,7 +14,7 @@ namespace FEWBITS_ISA {
 namespace lines {
 
 constexpr int64_t longest = 1 << 14;   // columns whose products are summed in 32 bits
-constexpr int64_t bytes_ahead = 1 << 13, bytes_near = 256;  // of what is fetched, into the second cache and into the first one
+constexpr int64_t bytes_ahead = 1 << 13;  // of what is fetched into the second cache
 
 static inline int64_t whole_tile(int64_t vectors) { return vectors == 3 ? 4 : vectors; }  // each is compiled for every width
 static bool serves(const Coded& w) { return fits(w, most_level_bits); }
@@ -141,26 +141,6 @@ struct Shape {
   }
 };
 
-// Which lines are asked for into the second cache: all where a line is computed with for longer than memory takes for it; one in four where memory
-// is waited for, as more come in the way of what the processor fetches by itself. Then each is also brought into the first cache as what is
-// needed only once, so that inputs stay there. All as was seen to be fastest.
-enum class Fetch { all, some };
-
-template <Fetch Asks, int Lines>
-static inline __attribute__((always_inline)) void fetch(const uint8_t* from) {
-  constexpr uintptr_t apart = Asks == Fetch::all ? 64 : 256, bytes = 64 * Lines;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(from) + bytes_ahead, first = (begin + apart - 1) / apart * apart;
-  if constexpr (bytes % apart == 0) {
-#pragma GCC unroll 8
-    for (uintptr_t at = 0; at < bytes; at += apart) _mm_prefetch(reinterpret_cast<const char*>(first + at), _MM_HINT_T1);
-  } else {
-    for (uintptr_t at = first; at < begin + bytes; at += apart) _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1);
-  }
-  if constexpr (Asks == Fetch::all) return;
-#pragma GCC unroll 8
-  for (int i = 0; i < Lines; ++i) _mm_prefetch(reinterpret_cast<const char*>(from + 64 * i + bytes_near), _MM_HINT_NTA);
-}
-
 // Register `K` of a run's codes, times 2 to the power of Bits * (K % places); what is above them is masked, or left.
 template <int Bits, int Places, int K, bool Masked>
 static inline __attribute__((always_inline)) __m512i take(const __m512i* line) {
@@ -195,7 +175,7 @@ static inline __attribute__((always_inline)) void add_run(const uint8_t* from, c
   __m512i line[Bits];
 #pragma GCC unroll 8
   for (int i = 0; i < Bits; ++i) line[i] = _mm512_loadu_si512(from + 64 * i);
-  fetch<Asks, Bits>(from);
+  fetch<Asks, Bits, bytes_ahead>(from);
   const auto add = [&](auto k) __attribute__((always_inline)) {
     constexpr int at = decltype(k)::value, set = S::set_of(at);
     const __m512i codes = take<Bits, S::places, at, Planes == 0>(line);
@@ -272,7 +252,7 @@ using Sixteen = decltype(&multiply_sixteen<4, 2, 0, 1, Fetch::all>);
 
 template <int Bits, int Digits, int Planes, int Vectors>
 static Sixteen find_function(const Coded& w) {
-  constexpr float memory = 7.3f * Bits, scaling = 12.0f;  // cycles for 32 columns, which are `Bits` lines, and at a group's end
+  constexpr float memory = 6.8f * Bits, scaling = 12.0f;  // cycles for 32 columns, which are `Bits` lines, and at a group's end
   constexpr float computing = Shape<Bits, Digits, Planes, Vectors>::computing();
   const float runs = static_cast<float>(least(w.group, w.columns)) / run;
   if (computing + scaling / runs >= memory) return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::all>;
