@@ -14,9 +14,9 @@ constexpr int64_t run = 32;          // columns of whole lines, whatever the wid
 constexpr int64_t most_vectors = 4;  // that share a look at the codes
 constexpr int most_level_bits = 8;   // of levels that are looked up in registers, wherever that is
 
-// Whether codes, or levels of up to `level_bits` that all rows share, lie in whole lines, and groups end with them.
-static bool fits(const Coded& w, int level_bits) {
-  const bool whole = w.columns % run == 0 && (w.groups == 1 || w.group % run == 0);
+// Whether codes, or levels of up to `level_bits` that all rows share, lie in whole lines, and groups end with a run of them or the part that is told.
+static bool fits(const Coded& w, int level_bits, int64_t part = run) {
+  const bool whole = w.columns % run == 0 && (w.groups == 1 || w.group % (w.group < run ? part : run) == 0);
   const bool codes = w.levels.kind == Values::none ? w.bits <= 8 : w.bits <= level_bits && w.levels.rows == 1 && w.level_groups == 1;
   return w.form == Coded::packed && w.lines && codes && whole;
 }

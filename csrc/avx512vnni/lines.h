@@ -17,7 +17,8 @@ constexpr int64_t longest = 1 << 14;   // columns whose products are summed in 3
 constexpr int64_t bytes_ahead = 1 << 13;  // of what is fetched into the second cache
 
 static inline int64_t whole_tile(int64_t vectors) { return vectors == 3 ? 4 : vectors; }  // each is compiled for every width
-static bool serves(const Coded& w) { return fits(w, most_level_bits); }
+static constexpr bool has_half_runs(int bits) { return bits == 4; }  // as NVFP4's groups are
+static bool serves(const Coded& w) { return fits(w, most_level_bits, has_half_runs(w.bits) ? run / 2 : run); }
 
 // ---- inputs ---------------------------------------------------------------------------------------------------------------
 
@@ -166,16 +167,17 @@ static inline __attribute__((always_inline)) __m512i take(const __m512i* line) {
   }
 }
 
-// A run of columns, one register of codes after the other.
+// A run of columns, or half of one, one register of codes after the other.
 template <int Bits, int Digits, int Planes, int Vectors, Fetch Asks, int... K>
 static inline __attribute__((always_inline)) void add_run(const uint8_t* from, const int32_t* inputs, const __m512i (*tables)[most_parts],
                                                           __m512i (*sums)[Shape<Bits, Digits, Planes, Vectors>::weights][Vectors],
                                                           std::integer_sequence<int, K...>) {
   using S = Shape<Bits, Digits, Planes, Vectors>;
-  __m512i line[Bits];
+  constexpr int lines = Bits * static_cast<int>(sizeof...(K)) / 8;
+  __m512i line[lines];
 #pragma GCC unroll 8
-  for (int i = 0; i < Bits; ++i) line[i] = _mm512_loadu_si512(from + 64 * i);
-  fetch<Asks, Bits, bytes_ahead>(from);
+  for (int i = 0; i < lines; ++i) line[i] = _mm512_loadu_si512(from + 64 * i);
+  fetch<Asks, lines, bytes_ahead>(from);
   const auto add = [&](auto k) __attribute__((always_inline)) {
     constexpr int at = decltype(k)::value, set = S::set_of(at);
     const __m512i codes = take<Bits, S::places, at, Planes == 0>(line);
@@ -213,7 +215,7 @@ static inline __attribute__((always_inline)) __m512 join(const __m512i (*sums)[S
   return total;
 }
 
-template <int Bits, int Digits, int Planes, int Vectors, Fetch Asks>
+template <int Bits, int Digits, int Planes, int Vectors, Fetch Asks, int Columns>
 static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& grid, const __m512i (*tables)[most_parts], const Inputs& of, int64_t which, float* totals) {
   using S = Shape<Bits, Digits, Planes, Vectors>;
   const int32_t* inputs = of.digits + which * of.words;
@@ -228,8 +230,8 @@ static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& gr
     __m512i sums[S::sets][S::weights][Vectors];
 #pragma GCC unroll 32
     for (int i = 0; i < S::sets * S::weights * Vectors; ++i) (&sums[0][0][0])[i] = _mm512_setzero_si512();
-    for (; column < end; column += run, from += 64 * Bits, inputs += 8 * Digits * Vectors) {
-      add_run<Bits, Digits, Planes, Vectors, Asks>(from, inputs, tables, sums, std::make_integer_sequence<int, 8>{});
+    for (; column < end; column += Columns, from += 2 * Columns * Bits, inputs += Columns / 4 * Digits * Vectors) {
+      add_run<Bits, Digits, Planes, Vectors, Asks>(from, inputs, tables, sums, std::make_integer_sequence<int, Columns / 4>{});
     }
 #pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) {
@@ -248,16 +250,19 @@ static void multiply_sixteen(const Coded& w, const uint8_t* from, const Grid& gr
   for (int v = 0; v < Vectors; ++v) _mm512_store_ps(totals + v * line_rows, total[v]);
 }
 
-using Sixteen = decltype(&multiply_sixteen<4, 2, 0, 1, Fetch::all>);
+using Sixteen = decltype(&multiply_sixteen<4, 2, 0, 1, Fetch::all, run>);
 
 template <int Bits, int Digits, int Planes, int Vectors>
 static Sixteen find_function(const Coded& w) {
   constexpr float memory = 6.8f * Bits, scaling = 12.0f;  // cycles for 32 columns, which are `Bits` lines, and at a group's end
   constexpr float computing = Shape<Bits, Digits, Planes, Vectors>::computing();
   const float runs = static_cast<float>(least(w.group, w.columns)) / run;
-  if (computing + scaling / runs >= memory) return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::all>;
-  if constexpr (computing >= memory) return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::all>;
-  else return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::some>;
+  if constexpr (has_half_runs(Bits)) {
+    if (runs < 1.0f) return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::all, run / 2>;
+  }
+  if (computing + scaling / runs >= memory) return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::all, run>;
+  if constexpr (computing >= memory) return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::all, run>;
+  else return multiply_sixteen<Bits, Digits, Planes, Vectors, Fetch::some, run>;
 }
 
 template <int Bits, int Digits, int Planes>

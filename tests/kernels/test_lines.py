@@ -11,7 +11,7 @@ from torch import Tensor
 from fewbits.core.tensor import CompressedTensor
 from fewbits.formats.binary import Binary
 from fewbits.formats.codebook import Codebook
-from fewbits.formats.lines import Lines
+from fewbits.formats.lines import Lines, may_lie_in_lines
 from fewbits.formats.minifloat import E2M1, E4M3, E5M2, Layout, Minifloat
 from fewbits.formats.uniform import Uniform
 from fewbits.kernels import layout, native
@@ -51,7 +51,7 @@ def assert_agrees(term, inputs: Tensor) -> None:
 @pytest.mark.parametrize("zeros", ["symmetric", "integer", "real"])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_width_and_kind_of_zero_points(isa, bits, zeros, uniform):
-    for rows, columns, group_size, vectors in ((32, 128, 32, 1), (48, 352, 64, 3), (16, 96, 96, 2), (16, 64, 64, 40)):
+    for rows, columns, group_size, vectors in ((32, 128, 32, 1), (48, 352, 64, 3), (16, 96, 96, 2), (16, 64, 64, 40), (32, 96, 16, 4)):
         term = uniform(bits, rows, columns, group_size, zeros, torch.float32 if rows == 48 else torch.float16)
         inputs = torch.randn(vectors, columns, generator=torch.Generator().manual_seed(vectors))
         for dtype in (torch.float32, torch.bfloat16):
@@ -63,7 +63,8 @@ def test_every_width_and_kind_of_zero_points(isa, bits, zeros, uniform):
 def test_inputs_of_fewer_digits(isa, bits, digits, monkeypatch, uniform):
     monkeypatch.setenv("FEWBITS_INPUT_DIGITS", digits)
     for vectors in (1, 6, 40):
-        assert_agrees(uniform(bits, 32, 256, 128), torch.randn(vectors, 256))
+        for group_size in (128, 16):
+            assert_agrees(uniform(bits, 32, 256, group_size), torch.randn(vectors, 256))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -134,7 +135,7 @@ def test_signs_and_codes_of_one_bit_have_inputs_of_their_own_in_a_sum(isa, unifo
 @pytest.mark.parametrize("numbers", [E2M1, Layout(3, 2), E4M3, E5M2], ids=["e2m1", "e3m2", "e4m3", "e5m2"])
 @pytest.mark.parametrize("scales", ["e8m0", "e4m3", "float"])
 def test_minifloats(isa, numbers, scales):
-    for rows, columns, block in ((32, 128, 32), (48, 352, 32), (16, 96, 96)):  # whose scales are bytes of a table, one line of them or more
+    for rows, columns, block in ((32, 128, 32), (48, 352, 32), (16, 96, 96), (32, 160, 16)):  # whose scales are bytes of a table, one line of them or more
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
         term = Minifloat.round_to_nearest(weight, numbers, block_size=block, scale_format=scales)
         assert torch.equal(Lines.lay(term).decode(), term.define())
@@ -145,9 +146,18 @@ def test_minifloats(isa, numbers, scales):
 def test_rows_so_long_that_sums_are_taken_in_parts(isa):
     columns = 2**17 + 32
     codes = torch.full((16, columns), 255)
-    term = Uniform.from_codes(codes, torch.ones(16, 1), torch.zeros(16, 1), bits=8)
     inputs = torch.full((1, columns), 1.0)
-    assert torch.allclose(multiply(term, inputs), torch.full((1, 16), 255.0 * columns), rtol=1e-6)
+    term = Uniform.from_codes(codes, torch.ones(16, 1), torch.full((16, 1), 3.0), bits=8)
+    assert torch.allclose(multiply(term, inputs), torch.full((1, 16), 252.0 * columns), rtol=1e-6)
+    levels = torch.linspace(-1.0, 2.0, 256)[None, None]
+    assert torch.allclose(multiply(Codebook.from_codes(codes, levels, bits=8), inputs), torch.full((1, 16), 2.0 * columns), rtol=1e-5)
+
+
+def test_blocks_of_sixteen_lie_in_lines_where_kernels_read_halves_of_runs(isa):
+    term = Minifloat.round_to_nearest(torch.randn(32, 128), E2M1, block_size=16, scale_format="e4m3")  # NVFP4
+    assert may_lie_in_lines(term) == (isa == "avx512vnni")
+    wider = Minifloat.round_to_nearest(torch.randn(32, 128), Layout(3, 2), block_size=16, scale_format="e4m3")
+    assert not may_lie_in_lines(wider)
 
 
 @pytest.mark.parametrize("digits", [1, 2, 3])
@@ -157,7 +167,7 @@ def test_the_largest_codes_times_the_largest_inputs_fit_their_sums(isa, bits, di
     codes, columns = torch.full((16, 2048), 2**bits - 1), 2048
     largest = (0x7D7F7F >> 8 * (3 - digits)) * 2.0 ** (1 - 8 * digits)  # of 125, 127 and 127; larger ones have another unit
     inputs = torch.tensor([[largest], [-largest], [-1.0], [1.0]]).expand(4, columns)
-    for group_size in (32, 160, columns):
+    for group_size in (16, 32, 160, columns):
         groups = -(-columns // group_size)
         terms = [Uniform.from_codes(codes, torch.ones(16, groups), torch.zeros(16, groups), bits=bits, group_size=group_size)]
         if bits <= 6:
