@@ -117,6 +117,11 @@ def random_mxfp4(rows: int, columns: int) -> Minifloat:
     return Minifloat(some_codes(rows, columns // 2), scales, None, rows, columns, 2, 1, "none", 32, "e8m0")
 
 
+def random_nvfp4(rows: int, columns: int) -> Minifloat:
+    scales = torch.randint(56, 64, (rows, columns // 16), dtype=torch.uint8)
+    return Minifloat(some_codes(rows, columns // 2), scales, None, rows, columns, 2, 1, "none", 16, "e4m3")
+
+
 def settled(term: Term, rooms: native.Rooms) -> Term:
     """As a layer of a model holds it once it is loaded."""
     return CompressedLinear(StoredLinear(CompressedTensor((term,)))).settle(rooms).laid.weight.terms[0]
@@ -203,6 +208,7 @@ def coded_sums(rows: int, columns: int, rooms: native.Rooms) -> dict[str, list[t
     for bits in (4, 3):
         terms[f"codebook {bits} bit, one a row"] = of(lambda bits=bits: codebook_of_each_row(rows, columns, bits), bits)
     terms["MXFP4"] = of(lambda: random_mxfp4(rows, columns), 4)
+    terms["NVFP4"] = of(lambda: random_nvfp4(rows, columns), 4)
     terms["FP8, a scale a row"] = of(lambda: random_fp8(rows, columns), 8)
     terms["signs"] = of(lambda: random_signs(rows, columns), 1)
     terms["codewords 2x8"] = of(lambda: random_codewords(rows, columns, 2, 8), 2)

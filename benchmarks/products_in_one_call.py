@@ -4,7 +4,8 @@
         [--shapes 4096x4096 11008x4096 4096x11008] [--weights NAME ...] [--first-in-line]
 
 Weights, copies, bursts and dropped samples are those of native_matvec.py; here all products of a burst are one call of kernels that looked
-at the weights before, as they do once for a model's, and so is what is read. The vector is bfloat16, as exact as kernels take it (16 bits), or rounded to 8 bits (`FEWBITS_INPUT_DIGITS=1`).
+at the weights before, as they do once for a model's, and so is what is read. The vector is bfloat16, as exact as kernels take it (16 bits),
+or rounded to 8 bits (`FEWBITS_INPUT_DIGITS=1`).
 """
 
 import argparse

@@ -30,18 +30,6 @@ std::vector<std::string> available() {
   return names;
 }
 
-void multiply(const std::string& isa, const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers, uint64_t inputs, uint64_t outputs,
-              int64_t vectors, int64_t number, int threads, int digits) {
-  Reader reader(layout, buffers);
-  const Coded& matrix = reader.read_whole(true);
-  const fewbits::Kernels& kernels = fewbits::find_kernels(isa);
-  require(digits >= 1 && digits <= 3, "inputs must have 1 to 3 digits");
-  require(vectors >= 0 && vectors <= largest / std::max(matrix.rows, matrix.columns), "the number of vectors is out of range");
-  const fewbits::Product product{&matrix, reinterpret_cast<const void*>(inputs), reinterpret_cast<void*>(outputs), vectors, to_number(number), digits};
-  nb::gil_scoped_release released;
-  if (!fewbits::multiply_in_panels(kernels, product, threads)) fewbits::multiply(kernels, product, threads);
-}
-
 bool takes_many(const std::string& isa, int64_t number) { return fewbits::takes_many(fewbits::find_kernels(isa), to_number(number)); }
 
 bool reads_lines(const std::string& isa, const std::vector<int64_t>& layout, const std::vector<uint64_t>& buffers) {
@@ -256,8 +244,6 @@ int64_t prefer_large_pages(uint64_t address, int64_t bytes) {
 
 NB_MODULE(_native, module) {
   module.def("available", &available, "Names of the instruction sets that can be used, best first.");
-  module.def("multiply", &multiply, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("inputs"), nb::arg("outputs"), nb::arg("vectors"),
-             nb::arg("number"), nb::arg("threads"), nb::arg("digits") = 3, "outputs [vectors, rows] = inputs [vectors, columns] times the matrix, transposed.");
   module.def("takes_many", &takes_many, nb::arg("isa"), nb::arg("number"), "Whether codes are multiplied with any number of vectors of a type.");
   module.def("reads_lines", &reads_lines, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), "Whether codes that lie in lines are read as they are.");
   module.def("decode", &decode, nb::arg("isa"), nb::arg("layout"), nb::arg("buffers"), nb::arg("first"), nb::arg("last"), nb::arg("outputs"),

@@ -127,3 +127,5 @@ def test_layouts_and_digits_that_are_wrong_are_refused():
             matrix.multiply(inputs.data_ptr(), [outputs.data_ptr()], vectors, 0, 1, digits)
     with pytest.raises(ValueError, match="each sum has outputs"):
         matrix.multiply(inputs.data_ptr(), [], 1, 0, 1, 3)
+    with pytest.raises(ValueError, match="32 columns, 64 would be right"):
+        native.multiply("scalar", found.tensors, found.layout, torch.zeros(2, 32))

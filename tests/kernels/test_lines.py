@@ -135,7 +135,8 @@ def test_signs_and_codes_of_one_bit_have_inputs_of_their_own_in_a_sum(isa, unifo
 @pytest.mark.parametrize("numbers", [E2M1, Layout(3, 2), E4M3, E5M2], ids=["e2m1", "e3m2", "e4m3", "e5m2"])
 @pytest.mark.parametrize("scales", ["e8m0", "e4m3", "float"])
 def test_minifloats(isa, numbers, scales):
-    for rows, columns, block in ((32, 128, 32), (48, 352, 32), (16, 96, 96), (32, 160, 16)):  # whose scales are bytes of a table, one line of them or more
+    # Their scales are bytes of a table, one line of them or more.
+    for rows, columns, block in ((32, 128, 32), (48, 352, 32), (16, 96, 96), (32, 160, 16)):
         weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns))
         term = Minifloat.round_to_nearest(weight, numbers, block_size=block, scale_format=scales)
         assert torch.equal(Lines.lay(term).decode(), term.define())

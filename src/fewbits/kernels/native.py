@@ -134,7 +134,12 @@ class Sums:
         return [inputs.new_empty(*inputs.shape[:-1], count) for count in self._rows]
 
     def multiply(self, inputs: Tensor, outputs: list[Tensor] | None = None) -> list[Tensor]:
-        """`inputs [..., columns]` times each of the sums, transposed, in the dtype of the inputs; in `new_outputs` that there are, or in new ones."""
+        """`inputs [..., columns]` times each of the sums, transposed, in the dtype of the inputs; in `new_outputs` of them that there are.
+
+        Raises ValueError for inputs of other columns.
+        """
+        if inputs.shape[-1] != self.columns:
+            raise ValueError(f"inputs have {inputs.shape[-1]} columns, {self.columns} would be right")
         inputs = inputs.contiguous()
         outputs = self.new_outputs(inputs) if outputs is None else outputs
         sizes = inputs.numel() // self.columns, _NUMBERS[inputs.dtype], torch.get_num_threads(), digits(inputs.dtype)
