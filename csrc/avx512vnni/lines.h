@@ -17,7 +17,7 @@ constexpr int64_t longest = 1 << 14;   // columns whose products are summed in 3
 constexpr int64_t bytes_ahead = 1 << 13;  // of what is fetched into the second cache
 
 static inline int64_t whole_tile(int64_t vectors) { return vectors == 3 ? 4 : vectors; }  // each is compiled for every width
-static constexpr bool has_half_runs(int bits) { return bits == 4; }  // as NVFP4's groups are
+static constexpr bool has_half_runs(int bits) { return bits == 2 || bits == 4; }  // as groups of NVFP4 and of llama.cpp's q2_k are
 static bool serves(const Coded& w) { return fits(w, most_level_bits, has_half_runs(w.bits) ? run / 2 : run); }
 
 // ---- inputs ---------------------------------------------------------------------------------------------------------------
