@@ -79,9 +79,10 @@ struct PanelRows {
   }
 };
 
+constexpr int64_t numbers_ahead = 2048;  // bytes of scales, zero points or offsets that are fetched meanwhile
+
 // The numbers of a group that sixteen rows have, where they lie in lines. Those of groups to come are asked for: by itself a processor fetches
 // up to the end of a page, which numbers of sixteen rows mostly are.
-constexpr int64_t numbers_ahead = 2048;  // bytes
 static inline __attribute__((always_inline)) __m512 sixteen_numbers(const void* data, int64_t group, Number number, int64_t ahead = numbers_ahead) {
   const uint8_t* from = static_cast<const uint8_t*>(data) + 16 * group * (number == Number::f32 ? 4 : 2);
   __builtin_prefetch(from + ahead, 0, 2);

@@ -6,7 +6,6 @@ import operator
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
@@ -40,12 +39,8 @@ class Described(Term):
 def multiply_terms(terms: tuple[Term, ...], inputs: Tensor) -> Tensor | None:
     """`inputs [..., columns]` times the sum of `terms` in one call; None where no kernel serves."""
     rows, columns = terms[0].shape
-    if inputs.shape[-1] != columns or not sums.may_add(inputs):
-        return None
-    known = None if torch.compiler.is_compiling() else _known_sum(terms)
-    lasts = known is not None and known.description is not None
-    described = known.description if known is not None and lasts else sums.describe_sum(describe_terms(terms))
-    found = None if described is None else sums.multiply_sums([described], [rows], inputs, known if lasts else None)
+    described = _described_sum(terms) if inputs.shape[-1] == columns and sums.may_add(inputs) else None
+    found = None if described is None else sums.multiply_sums([described], [rows], inputs)
     return None if found is None else found[0]
 
 
@@ -70,27 +65,23 @@ class Laid(Described):
         """The same matrix row by row."""
 
 
-@dataclass(frozen=True, eq=False)
-class _KnownSum:
-    """Terms behind a first one, and how kernels are told of all; None where they cannot read one, or a number is made anew for them."""
-
-    others: tuple[Term, ...]
-    description: Description | None
+_KEPT: weakref.WeakKeyDictionary[Term, tuple[tuple[Term, ...], Description | None]] = weakref.WeakKeyDictionary()
 
 
-_KNOWN: weakref.WeakKeyDictionary[Term, _KnownSum] = weakref.WeakKeyDictionary()
+def _described_sum(terms: tuple[Term, ...]) -> Description | None:
+    """How kernels are told of a sum, kept beside its first term as long as that lives: terms never change.
 
-
-def _known_sum(terms: tuple[Term, ...]) -> _KnownSum:
-    """What is kept beside a sum's first term as long as that lives: terms never change."""
-    first, *others = terms
-    kept = _KNOWN.get(first)
-    if kept is not None and len(kept.others) == len(others) and all(map(operator.is_, kept.others, others)):
-        return kept
-    found = _KnownSum(tuple(others), describe_lasting(terms))
-    if not any(one is first for one in others):
-        _KNOWN[first] = found
-    return found
+    A sum of which a number is made anew for kernels is described anew each time; that it is such a one is kept.
+    """
+    if torch.compiler.is_compiling():
+        return sums.describe_sum(describe_terms(terms))
+    kept = _KEPT.get(terms[0])
+    if kept is not None and len(kept[0]) + 1 == len(terms) and all(map(operator.is_, kept[0], terms[1:])):
+        return kept[1] or sums.describe_sum(describe_terms(terms))
+    found = describe_lasting(terms)
+    if not any(one is terms[0] for one in terms[1:]):
+        _KEPT[terms[0]] = terms[1:], found
+    return found or sums.describe_sum(describe_terms(terms))
 
 
 def describe_lasting(terms: tuple[Term, ...], biases: Sequence[Tensor] = ()) -> Description | None:

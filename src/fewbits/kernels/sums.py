@@ -46,36 +46,31 @@ def describe_sum(terms: Sequence[Factors] | None, biases: Sequence[Tensor] = ())
     return Description(tuple(tensors), tuple(layout))
 
 
-def multiply_sums(sums: Sequence[Description], rows: Sequence[int], inputs: Tensor, key: object = None) -> list[Tensor] | None:
+def multiply_sums(sums: Sequence[Description], rows: Sequence[int], inputs: Tensor) -> list[Tensor] | None:
     """`inputs [..., columns]` times each of some sums, which have so many `rows`, in the inputs' dtype: terms are added in float32.
 
-    `key` stands for these sums, which never change: what was seen of them is kept as long as it lives.
+    What was seen of a single one is kept as long as its description lives.
     None where a kernel does not serve: as `dispatch.multiply` has it, and for more than `FEW_VECTORS` vectors.
     """
     if not may_add(inputs):
         return None
     plain = type(inputs) is Tensor and not torch.compiler.is_compiling()
-    if key is not None and plain:
-        kept = kept_sums(key, lambda isa: _look_at(isa, sums, rows, inputs.shape[-1]), inputs)
+    if plain and len(sums) == 1:
+        kept = kept_sums(sums[0], lambda isa: _look_at(isa, sums[0], rows, inputs.shape[-1]), inputs)
         if kept is not None:
             counts["multiply_sums"] += 1
             return kept.multiply(inputs)
-    tensors, layout = _joined(sums)
+    tensors = tuple(tensor for one in sums for tensor in one.tensors)
+    layout = tuple(number for one in sums for number in one.layout)
     whole = all(tensor.is_contiguous() for tensor in tensors) and min(*rows, inputs.shape[-1]) > 0
     if not whole or not usable(inputs.dtype, (inputs, *tensors)):
         return None
     return (_multiply_sums if plain else _multiply_sums_op)(inputs, tensors, layout, list(rows))
 
 
-def _joined(sums: Sequence[Description]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    if len(sums) == 1:
-        return sums[0].tensors, sums[0].layout
-    return tuple(tensor for one in sums for tensor in one.tensors), tuple(number for one in sums for number in one.layout)
-
-
-def _look_at(isa: str, sums: Sequence[Description], rows: Sequence[int], columns: int) -> native.Sums | None:
-    tensors, layout = _joined(sums)
-    return native.Sums(isa, tensors, layout, columns, rows, FEW_VECTORS) if min(*rows, columns) > 0 and may_be_kept(tensors) else None
+def _look_at(isa: str, one: Description, rows: Sequence[int], columns: int) -> native.Sums | None:
+    whole = min(*rows, columns) > 0 and may_be_kept(one.tensors)
+    return native.Sums(isa, one.tensors, one.layout, columns, rows, FEW_VECTORS) if whole else None
 
 
 def _multiply_sums(inputs: Tensor, tensors: Sequence[Tensor], layout: Sequence[int], rows: Sequence[int]) -> list[Tensor]:
